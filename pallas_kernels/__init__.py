@@ -1,0 +1,1 @@
+"""Kernels: arrays in, arrays out. Knows shapes, not models; imports jax alone."""

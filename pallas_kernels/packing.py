@@ -1,0 +1,31 @@
+"""The nibble layout: the only place that shifts bits.
+
+Byte ``j`` of ``uint8 [..., K/2]`` holds element ``2j`` in its low and ``2j + 1`` in its high
+nibble. Signed codes are two's complement in [-8, 7] (the order of a bitcast to ``jnp.int4``),
+unsigned ones lie in [0, 15]. compressed-tensors stores signed codes with an offset of 8: XOR 0x88
+converts.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Int, UInt8
+
+
+def pack_int4(codes: Int[Array, "*rows K"]) -> UInt8[Array, "*rows K/2"]:
+    """Packs codes in [-8, 15]; only the low four bits are kept. Odd ``K`` is refused."""
+    if codes.shape[-1] % 2:
+        raise ValueError(f"cannot pack an odd number of 4-bit values: K = {codes.shape[-1]}")
+    nibbles = codes.astype(jnp.uint8) & 0x0F
+    return nibbles[..., 0::2] | (nibbles[..., 1::2] << 4)
+
+
+def unpack_uint4(packed: UInt8[Array, "*rows bytes"]) -> UInt8[Array, "*rows K"]:
+    """Unsigned codes in [0, 15]."""
+    pair = jnp.stack([packed & 0x0F, packed >> 4], axis=-1)
+    return pair.reshape(*packed.shape[:-1], 2 * packed.shape[-1])
+
+
+def unpack_int4(packed: UInt8[Array, "*rows bytes"]) -> Int[Array, "*rows K"]:
+    """Signed codes in [-8, 7] as int8."""
+    return ((unpack_uint4(packed) ^ 8).astype(jnp.int8) - 8).astype(jnp.int8)

@@ -1,0 +1,36 @@
+"""Float32 pieces whose bits depend neither on shapes nor on how XLA fuses them (on CPU)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def rounded(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``x`` rounded to float32 at this point.
+
+    The identity, but one that the compiler may not look through: without it XLA on CPU contracts a
+    product into a following sum (one rounding less) in some shapes and not in others, so that a
+    token's bits would depend on padding and batch neighbours.
+    """
+    return jax.lax.reduce_precision(x, 8, 23)
+
+
+def exp_difference(x: Array, reference: Array) -> Array:
+    """``exp(x - reference)`` without the subtraction being contracted into the polynomial of
+    ``exp``."""
+    return jnp.exp(rounded(x - reference))
+
+
+def fixed_order_sum(x: Float[Array, "*rows n"]) -> Float[Array, "*rows"]:
+    """Sums the last axis by halving (zero-padded to a power of two): one order for every shape.
+
+    XLA's own reduction changes its order with the number of rows.
+    """
+    width = 1 << max(0, x.shape[-1] - 1).bit_length()
+    x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, width - x.shape[-1])])
+    while x.shape[-1] > 1:
+        half = x.shape[-1] // 2
+        x = x[..., :half] + x[..., half:]
+    return x[..., 0]

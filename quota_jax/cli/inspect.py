@@ -1,0 +1,111 @@
+"""``quota-jax inspect``: what is in a checkpoint, and which kernels would run."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import tyro
+
+from quota_jax.cli.console import size, table
+from quota_jax.cli.recipe import describe_recipe
+from quota_jax.errors import QuotaError
+
+if TYPE_CHECKING:
+    from quota_jax.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Show a checkpoint's configuration, parameters, bits, bytes on disk and recipe.
+
+    For example:
+      quota-jax inspect llava-7b-w4a8 --kernels
+    """
+
+    checkpoint: tyro.conf.Positional[Path | None] = None
+    """Checkpoint; may be left out with --kernels."""
+    kernels: bool = False
+    """Show which implementation of each kernel runs on this machine."""
+
+    def run(self) -> int:
+        if self.checkpoint is None and not self.kernels:
+            raise QuotaError("name a checkpoint, or give --kernels")
+        if self.checkpoint is not None:
+            print(report(self.checkpoint))
+        if self.kernels:
+            import jax
+
+            from pallas_kernels.dispatch import choices
+
+            device = jax.devices()[0]
+            rows = sorted(choices().items())
+            print(f"kernels on {device.platform} ({device.device_kind}), jax {jax.__version__}")
+            print(table(("operation", "implementation"), rows, left=2))
+        return 0
+
+
+def report(path: Path) -> str:
+    """All that is known of a checkpoint without loading its arrays."""
+    from quota_jax.checkpoint import PARTIAL_SUFFIX, open_checkpoint
+
+    unfinished = path.with_name(path.name + PARTIAL_SUFFIX)
+    if not path.exists() and unfinished.is_dir():
+        raise QuotaError(f"{path}: not finished ({unfinished}); run its command again to go on")
+    checkpoint = open_checkpoint(path)
+    config, text, vision = checkpoint.config, checkpoint.config.text, checkpoint.config.vision
+    sizes = checkpoint.sizes()
+    counts = {name: parameters(checkpoint, name) for name in checkpoint.block_names}
+
+    quantization = checkpoint.quantization
+    bits = f"none ({checkpoint.dtype.name})"
+    if not quantization.is_none:
+        bits = f"{quantization.label} by {quantization.method}, {', '.join(quantization.modules)}"
+    facts = [
+        ("checkpoint", f"{path} (complete)"),
+        ("source", checkpoint.provenance.get("source", "unknown")),
+        ("model", config.model_type),
+        (
+            "vision",
+            f"{vision.num_layers} layers, width {vision.hidden_size}, {vision.image_size} px, "
+            f"patch {vision.patch_size}, {config.tokens_per_image} tokens per image",
+        ),
+        (
+            "decoder",
+            f"{text.num_layers} layers, width {text.hidden_size}, {text.num_heads} heads "
+            f"({text.num_kv_heads} key/value) of {text.head_dim}, vocabulary {text.vocab_size}, "
+            f"{text.max_position_embeddings} positions",
+        ),
+        ("parameters", f"{sum(counts.values()):,}"),
+        ("quantization", bits),
+        (
+            "bytes",
+            f"{size(sizes['logical'])} of arrays, {size(sizes['files'])} in files, "
+            f"{size(sizes['disk'])} on disk (du)",
+        ),
+        ("dtypes", ", ".join(f"{k} {size(v)}" for k, v in sizes["dtypes"].items())),
+    ]
+    width = max(len(name) for name, _ in facts)
+    lines = [f"{name:<{width}}  {value}" for name, value in facts]
+    rows = [
+        (name, f"{counts[name]:,}", size(sizes["blocks"][name])) for name in checkpoint.block_names
+    ]
+    lines += ["", table(("block", "parameters", "bytes"), rows)]
+    lines += ["", describe_recipe(checkpoint.recipe, config.tokens_per_image)]
+    return "\n".join(lines)
+
+
+def parameters(checkpoint: Checkpoint, block: str) -> int:
+    """Parameters of a block as the model counts them: two per packed byte, scales none."""
+    specs = checkpoint.block_specs(block)
+    counts: Counter[str] = Counter()
+    for name, spec in specs.items():
+        stem, _, kind = name.rpartition(".")
+        quantized = f"{stem}.packed" in specs or f"{stem}.codes" in specs
+        if kind == "scale" and quantized:
+            continue
+        counts[name] = math.prod(spec.shape) * (2 if kind == "packed" else 1)
+    return counts.total()

@@ -1,0 +1,124 @@
+"""``quota-jax recipe``: which visual tokens leave at which decoder layer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Literal
+
+from quota_jax.cli.console import CheckpointPath, table
+from quota_jax.errors import QuotaError
+
+if TYPE_CHECKING:
+    from quota_jax.recipe import Recipe
+
+DEFAULT_LAYERS = range(2, 7)
+"""Candidate layers of the paper for LLaVA-1.5 (0-based)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShowRecipe:
+    """Show the visual tokens per decoder layer, of the stored recipe or of a new one.
+
+    --keep drops tokens in equal steps at the given layers until that fraction is left; --write
+    stores the new recipe in the checkpoint, --none removes the stored one.
+
+    For example:
+      quota-jax recipe llava-7b --keep 0.3 --layers 2 3 4 5 6 --write
+    """
+
+    checkpoint: CheckpointPath
+    """Checkpoint, full precision or quantized."""
+    keep: float | None = None
+    """Fraction of the visual tokens that is left after the last stage."""
+    layers: tuple[int, ...] = ()
+    """Decoder layers that drop tokens, from 0; default 2 to 6."""
+    selector: Literal["text_attention", "random", "stride"] = "text_attention"
+    """How tokens are chosen: by attention from the text, at random, or evenly spaced."""
+    point: Literal["input", "before_attention", "after_attention"] = "after_attention"
+    """Where in the layer they leave."""
+    positions: Literal["keep", "renumber"] = "keep"
+    """Whether kept tokens keep their rotary positions."""
+    seed: int = 0
+    """For the selector random."""
+    write: bool = False
+    """Store the new recipe in the checkpoint."""
+    none: bool = False
+    """Remove the stored recipe: all tokens stay."""
+
+    def run(self) -> int:
+        from quota_jax.checkpoint import open_checkpoint, set_recipe
+        from quota_jax.recipe import Recipe
+
+        checkpoint = open_checkpoint(self.checkpoint)
+        depth = checkpoint.config.text.num_layers
+        if self.none and (self.keep is not None or self.layers or self.write):
+            raise QuotaError("--none removes the stored recipe; it takes no other option")
+        if self.keep is None and (self.layers or self.write):
+            raise QuotaError("a new recipe needs --keep, for example --keep 0.3")
+        if self.none:
+            recipe = Recipe.none(depth)
+        elif self.keep is None:
+            recipe = checkpoint.recipe
+        else:
+            recipe = Recipe.uniform(
+                num_layers=depth,
+                layers=self.layers or default_layers(depth),
+                keep=self.keep,
+                selector=self.selector,
+                point=self.point,
+                positions=self.positions,
+                seed=self.seed,
+            )
+        print(describe_recipe(recipe, checkpoint.config.tokens_per_image))
+        if self.write or self.none:
+            command = {"recipe_command": self.command()}
+            set_recipe(self.checkpoint, recipe, command)
+            print(f"wrote {self.checkpoint / 'recipe.json'}")
+        return 0
+
+    def command(self) -> str:
+        """The options that made the recipe, for its provenance."""
+        if self.none:
+            return "recipe --none"
+        layers = " ".join(map(str, self.layers or ("default",)))
+        return (
+            f"recipe --keep {self.keep} --layers {layers} --selector {self.selector} "
+            f"--point {self.point} --positions {self.positions} --seed {self.seed}"
+        )
+
+
+def default_layers(depth: int) -> tuple[int, ...]:
+    """Layers 2 to 6, as far as the decoder has them."""
+    layers = tuple(layer for layer in DEFAULT_LAYERS if layer < depth)
+    if not layers:
+        raise QuotaError(f"the decoder has only {depth} layers: name some with --layers")
+    return layers
+
+
+def describe_recipe(recipe: Recipe, tokens: int) -> str:
+    """A table of the tokens of one picture per layer; equal layers share a row."""
+    counts = recipe.tokens_per_layer(tokens)
+    stages = {layer: [] for layer in range(recipe.num_layers)}
+    for stage in recipe.stages:
+        name = stage.selector.name + (
+            f" (seed {stage.selector.seed})" if stage.selector.name == "random" else ""
+        )
+        stages[stage.layer].append(f"keep {stage.keep:.3g} by {name}, {stage.point}")
+    rows: list[Sequence[object]] = []
+    for (count, what), run in groupby(
+        range(recipe.num_layers), key=lambda layer: (counts[layer], "; ".join(stages[layer]))
+    ):
+        layers = list(run)
+        label = f"{layers[0]}" if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
+        share = f"{100 * count / tokens:.1f} %" if tokens else "-"
+        rows.append((label, what, count, share))
+    mean = sum(counts) / len(counts)
+    return "\n".join(
+        [
+            table(("layer", "stage", "visual tokens", "of all"), rows, left=2),
+            f"{mean:.0f} of {tokens} visual tokens per layer on average, positions: "
+            f"{recipe.positions}",
+        ]
+    )

@@ -1,0 +1,74 @@
+"""CLIP vision transformer up to the feature layers that the projector reads."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallas_kernels.kv4_attention import causal_attention
+from quota_jax.config import VisionConfig
+from quota_jax.models.build import attention, linear, mlp, norm, tree
+from quota_jax.nn.linear import matmul
+
+
+class VisionTower(nnx.Module):
+    """Pre-norm transformer over patches and a class token; layers stacked ``[L, ...]``."""
+
+    def __init__(self, params: dict, config: VisionConfig, bits: dict):
+        eps = config.layer_norm_eps
+        layers = params["layers"]
+        self.config = config
+        self.class_embed = nnx.Param(params["class_embed"])
+        self.patch_embed = linear(params["patch_embed"], {})
+        self.position_embed = linear(params["position_embed"], {})
+        self.pre_norm = norm(params["pre_norm"], eps)
+        self.post_norm = norm(params["post_norm"], eps)
+        self.layers = tree(
+            norm1=norm(layers["norm1"], eps),
+            norm2=norm(layers["norm2"], eps),
+            attn=attention(
+                layers["attn"], bits, config.num_heads, config.num_heads, config.head_dim
+            ),
+            mlp=mlp(layers["mlp"], bits, config.hidden_act),
+        )
+
+    def embed(self, pixels: Float[Array, "P C height width"]) -> Float[Array, "P V D"]:
+        """Patch and position embeddings behind the class token, then the pre-norm."""
+        config = self.config
+        side, patch = config.image_size // config.patch_size, config.patch_size
+        weight = self.patch_embed.weight[...]
+        pixels = pixels[:, :, : side * patch, : side * patch].astype(weight.dtype)
+        count, channels = pixels.shape[:2]
+        cut = pixels.reshape(count, channels, side, patch, side, patch)
+        cut = cut.transpose(0, 2, 4, 1, 3, 5).reshape(-1, channels * patch * patch)
+        patches = matmul(cut, weight.reshape(weight.shape[0], -1))
+        patches = patches.astype(weight.dtype).reshape(count, side * side, -1)
+        first = jnp.broadcast_to(
+            self.class_embed[...].astype(weight.dtype), (count, 1, patches.shape[-1])
+        )
+        x = jnp.concatenate([first, patches], axis=1)
+        return self.pre_norm(x + self.position_embed.weight[...].astype(x.dtype))
+
+    def layer(self, x: Float[Array, "P V D"], index: Array) -> Float[Array, "P V D"]:
+        layers = self.layers
+        q, k, v = layers.attn.project(layers.norm1(x, index), index)
+        lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
+        heads, _ = causal_attention(
+            q, k, v, lengths, sm_scale=self.config.head_dim**-0.5, causal=False
+        )
+        x = x + layers.attn.output(heads.astype(x.dtype), index)
+        return x + layers.mlp(layers.norm2(x, index), index)
+
+    def __call__(
+        self, pixels: Float[Array, "P C height width"], states: tuple[int, ...]
+    ) -> Float[Array, "P V D"]:
+        """Hidden states ``states`` (0 is the embedding), concatenated along the features."""
+        x = self.embed(pixels)
+        found = {0: x}
+        done = 0
+        for state in sorted(set(states) - {0}):
+            x, _ = jax.lax.scan(lambda x, i: (self.layer(x, i), None), x, jnp.arange(done, state))
+            found[state], done = x, state
+        return jnp.concatenate([found[state] for state in states], axis=-1)

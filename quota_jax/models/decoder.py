@@ -1,0 +1,201 @@
+"""LLaMA decoder: prefill in segments between pruning points, and single-token decode.
+
+Layers are stacked; inside a segment ``lax.scan`` runs over the layer *index* and every operation
+picks its layer from the whole stack. A pruning stage is a gather between two segments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.kv4_attention import causal_attention
+from quota_jax.config import TextConfig
+from quota_jax.kv_cache import CacheGroup, decode, encode, grow, round_up, with_room
+from quota_jax.models.build import attention, linear, mlp, module_bits, norm, tree
+from quota_jax.nn.linear import matmul
+from quota_jax.nn.rope import rotary_angles, rotate
+from quota_jax.prune.scores import score
+from quota_jax.prune.select import Sequence, budget, gather, select
+from quota_jax.quantization import QuantizationConfig
+from quota_jax.recipe import Recipe, Stage
+
+Stored = tuple[tuple[Array, ...], tuple[Array, ...]]
+
+
+class LayerCache(NamedTuple):
+    """Prefill keys and values of a run of layers ``[L, B, S, K, ...]`` and the tokens they belong
+    to."""
+
+    stored: Stored
+    sequence: Sequence
+
+
+class Decoder(nnx.Module):
+    """Embedding, stacked decoder layers, final norm, head (absent where tied)."""
+
+    def __init__(self, params: dict, config: TextConfig, quantization: QuantizationConfig):
+        bits = module_bits(quantization, "decoder")
+        layers, eps = params["layers"], config.rms_norm_eps
+        self.config = config
+        self.kv_bits = quantization.kv_bits
+        self.embed = linear(params["embed"], {})
+        self.layers = tree(
+            norm1=norm(layers["norm1"], eps),
+            norm2=norm(layers["norm2"], eps),
+            attn=attention(
+                layers["attn"], bits, config.num_heads, config.num_kv_heads, config.head_dim
+            ),
+            mlp=mlp(layers["mlp"], bits, config.hidden_act),
+        )
+        self.norm = norm(params["norm"], eps)
+        if not config.tie_word_embeddings:
+            self.head = linear(params["head"], {})
+
+    def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows vocab"]:
+        """Final norm and head; float32."""
+        head = self.embed if self.config.tie_word_embeddings else self.head
+        x = self.norm(x)
+        weight = head.weight[...].astype(x.dtype)
+        out = matmul(x.reshape(-1, x.shape[-1]), weight)
+        return out.reshape(*x.shape[:-1], out.shape[-1])
+
+    def prefill(
+        self, x: Float[Array, "B S D"], sequence: Sequence, recipe: Recipe
+    ) -> tuple[Float[Array, "B R D"], Sequence, list[LayerCache]]:
+        """Runs all layers under ``recipe``; returns final states, the surviving tokens and the
+        caches."""
+        caches: list[LayerCache] = []
+        done = 0
+        for stage in recipe.stages:
+            x, done = self._segment(x, sequence, done, stage.layer, caches)
+            if stage.point != "after_attention":
+                x, sequence, _ = self._prune(x, sequence, stage, recipe, None)
+                continue
+            layer = jnp.int32(stage.layer)
+            x, stored, weights = self._attend(x, sequence, layer)
+            stored = jax.tree.map(lambda array: array[None], stored)
+            before = sequence
+            x, sequence, order = self._prune(x, sequence, stage, recipe, weights)
+            if stage.trim_own_cache:
+                stored = jax.tree.map(lambda array, o=order: gather(array[0], o)[None], stored)
+                before = sequence
+            caches.append(LayerCache(stored, before))
+            x = self._feed_forward(x, layer)
+            done = stage.layer + 1
+        x, _ = self._segment(x, sequence, done, self.config.num_layers, caches)
+        return x, sequence, caches
+
+    def _segment(self, x, sequence: Sequence, start: int, stop: int, caches: list[LayerCache]):
+        """Layers ``start`` to ``stop`` on the same tokens."""
+        if start >= stop:
+            return x, start
+
+        def layer(x, index):
+            x, stored, _ = self._attend(x, sequence, index)
+            return self._feed_forward(x, index), stored
+
+        x, stored = jax.lax.scan(layer, x, jnp.arange(start, stop, dtype=jnp.int32))
+        caches.append(LayerCache(stored, sequence))
+        return x, stop
+
+    def _attend(self, x, sequence: Sequence, layer: Array):
+        """Attention sublayer. Reads keys and values back from what the cache stores."""
+        cos, sin = rotary_angles(self.config, sequence.positions)
+        q, k, v = self.layers.attn.project(self.layers.norm1(x, layer), layer)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        stored = (encode(k, self.kv_bits, x.dtype), encode(v, self.kv_bits, x.dtype))
+        heads, weights = causal_attention(
+            q,
+            decode(stored[0], self.kv_bits),
+            decode(stored[1], self.kv_bits),
+            sequence.lengths,
+            sm_scale=self.config.head_dim**-0.5,
+        )
+        return x + self.layers.attn.output(heads.astype(x.dtype), layer), stored, weights
+
+    def _feed_forward(self, x, layer: Array):
+        return x + self.layers.mlp(self.layers.norm2(x, layer), layer)
+
+    def _prune(self, x, sequence: Sequence, stage: Stage, recipe: Recipe, weights):
+        scores = score(
+            stage.selector,
+            is_visual=sequence.is_visual,
+            is_text=sequence.is_text,
+            target=budget(sequence, stage.keep),
+            weights=weights,
+        )
+        sequence, order = select(
+            sequence, scores, stage.keep, renumber=recipe.positions == "renumber"
+        )
+        return gather(x, order), sequence, order
+
+    def step(
+        self,
+        tokens: Int[Array, " B"],
+        position: Int[Array, " B"],
+        groups: tuple[CacheGroup, ...],
+        active: Array,
+    ) -> tuple[Float[Array, "B vocab"], tuple[CacheGroup, ...]]:
+        """One new token per sample; caches of inactive samples do not grow."""
+        vocabulary = self.config.vocab_size
+        x = self.embed.weight[...][jnp.clip(tokens, 0, vocabulary - 1)]
+        first, grown = 0, []
+        for group in groups:
+            cos, sin = rotary_angles(self.config, position - group.shift)
+
+            def layer(carry, index, first=first, cos=cos, sin=sin, group=group):
+                x, key, value = carry
+                here = dataclasses.replace(group, key=key, value=value)
+                q, k, v = self.layers.attn.project(
+                    self.layers.norm1(x, first + index), first + index
+                )
+                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+                here = here.append(index, k, v)
+                heads = here.attend(index, q, group.lengths + 1, self.config.head_dim**-0.5)
+                x = x + self.layers.attn.output(heads.astype(x.dtype), first + index)
+                return (self._feed_forward(x, first + index), here.key, here.value), None
+
+            (x, key, value), _ = jax.lax.scan(
+                layer, (x, group.key, group.value), jnp.arange(group.num_layers, dtype=jnp.int32)
+            )
+            grown.append(grow(dataclasses.replace(group, key=key, value=value), active))
+            first += group.num_layers
+        return self.logits(x), tuple(grown)
+
+
+def cache_groups(
+    caches: list[LayerCache], *, room: int, bits: int, next_position: Int[Array, " B"]
+) -> tuple[CacheGroup, ...]:
+    """Cache groups with space for ``room`` new tokens; neighbouring runs on the same tokens are
+    joined."""
+    runs: list[LayerCache] = []
+    for cache in caches:
+        if runs and runs[-1].sequence is cache.sequence:
+            joined = jax.tree.map(
+                lambda a, b: jnp.concatenate([a, b]), runs[-1].stored, cache.stored
+            )
+            runs[-1] = LayerCache(joined, cache.sequence)
+        else:
+            runs.append(cache)
+    groups = []
+    for stored, sequence in runs:
+        capacity = round_up(sequence.positions.shape[1] + room)
+        last = jnp.take_along_axis(
+            sequence.positions, jnp.maximum(sequence.lengths - 1, 0)[:, None], axis=1
+        )[:, 0]
+        groups.append(
+            CacheGroup(
+                key=with_room(stored[0], capacity),
+                value=with_room(stored[1], capacity),
+                lengths=sequence.lengths,
+                shift=next_position - (last + 1),
+                bits=bits,
+            )
+        )
+    return tuple(groups)

@@ -1,0 +1,93 @@
+"""Linear layers of a stack: full precision, packed integers, or integers simulated from float
+weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallas_kernels.int4_matmul import int4_matmul, integer_matmul
+from pallas_kernels.packing import unpack_int4
+from pallas_kernels.stable import rounded
+from quota_jax.quant.quantizers import quantize_activation, quantize_weight
+
+
+def take(parameter: nnx.Variable, layer: Array | int | None) -> Array:
+    """The array of one layer of a stacked parameter, or the parameter itself."""
+    value = parameter[...]
+    return value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
+
+
+def matmul(x: Float[Array, "M K"], weight: Float[Array, "N K"]) -> Float[Array, "M N"]:
+    """``x weight^T`` accumulated in float32 (float32 inputs: highest precision), in float32.
+
+    A single row is computed as two: XLA's matrix-vector code sums in another order on CPU, and a
+    token's result must not depend on how many rows stand beside it.
+    """
+    rows = x.shape[0]
+    if rows == 1:
+        x = jnp.concatenate([x, x])
+    out = jax.lax.dot_general(
+        x,
+        weight,
+        (((1,), (1,)), ((), ())),
+        precision="highest" if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return out[:rows]
+
+
+class Linear(nnx.Module):
+    """``y = x W^T + b`` with ``W`` as ``[out, in]``, or ``[L, out, in]`` and a layer index.
+
+    Holds one of ``weight`` (float), ``packed`` + ``scale`` (4 bit), ``codes`` + ``scale`` (8 bit).
+    With ``weight`` and ``weight_bits < 16`` it *simulates*: it quantizes the weight on the fly and
+    multiplies integer values, so that simulated and packed results are bit-identical.
+    """
+
+    weight: nnx.Param
+    packed: nnx.Param
+    codes: nnx.Param
+    scale: nnx.Param
+    bias: nnx.Param
+
+    def __init__(
+        self, params: Mapping[str, Any], *, weight_bits: int = 16, activation_bits: int = 16
+    ):
+        for name, value in params.items():
+            setattr(self, name, nnx.Param(value))
+        self.names = tuple(params)
+        self.weight_bits = weight_bits
+        self.activation_bits = activation_bits
+
+    def __call__(self, x: Float[Array, "*rows K"], layer: Array | int | None = None) -> Array:
+        rows = x.reshape(-1, x.shape[-1])
+        out = rounded(self._product(rows, layer))
+        if "bias" in self.names:
+            out = out + take(self.bias, layer).astype(jnp.float32)
+        return out.astype(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
+
+    def _product(self, x: Float[Array, "M K"], layer) -> Float[Array, "M N"]:
+        if self.weight_bits == 16:
+            return matmul(x, take(self.weight, layer).astype(x.dtype))
+        if self.activation_bits == 16:
+            codes, scale = self._integers(layer)
+            return matmul(x.astype(jnp.float32), codes.astype(jnp.float32)) * scale[None, :]
+        values, row_scale = quantize_activation(x, self.activation_bits)
+        if "packed" in self.names:
+            return int4_matmul(values, row_scale, self.packed[...], self.scale[...], layer)
+        codes, scale = self._integers(layer)
+        return integer_matmul(values, row_scale, codes, scale)
+
+    def _integers(self, layer) -> tuple[Array, Array]:
+        """int8 codes [N, K] and float32 scales [N] of one layer."""
+        if "packed" in self.names:
+            return unpack_int4(take(self.packed, layer)), take(self.scale, layer)
+        if "codes" in self.names:
+            return take(self.codes, layer), take(self.scale, layer)
+        return quantize_weight(take(self.weight, layer), self.weight_bits)

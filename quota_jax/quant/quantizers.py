@@ -1,0 +1,59 @@
+"""Quantizers: weights per output channel, activations per token, keys and values per token per
+head.
+
+Scales are rounded to their storage dtype before anything is divided by them, so that codes made
+here and codes made from a stored scale are the same.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+KV_SCALE_DTYPE = jnp.bfloat16
+TINY = 1e-8
+
+
+def symmetric_limit(bits: int) -> int:
+    """The largest positive code: 7 for 4 bits, 127 for 8."""
+    return 2 ** (bits - 1) - 1
+
+
+def quantize_weight(
+    weight: Float[Array, "*stack N K"], bits: int
+) -> tuple[Int[Array, "*stack N K"], Float[Array, "*stack N"]]:
+    """Symmetric round-to-nearest (ties to even) per output channel; int8 codes, float32 scales."""
+    weight = weight.astype(jnp.float32)
+    limit = symmetric_limit(bits)
+    scale = jnp.maximum(jnp.abs(weight).max(-1), TINY) / limit
+    codes = jnp.clip(jnp.round(weight / scale[..., None]), -limit - 1, limit)
+    return codes.astype(jnp.int8), scale
+
+
+def quantize_activation(
+    x: Float[Array, "*rows K"], bits: int
+) -> tuple[Int[Array, "*rows K"], Float[Array, "*rows"]]:
+    """Dynamic symmetric per token; int8 codes, float32 scales. A row of zeros gets scale
+    TINY/limit."""
+    x = x.astype(jnp.float32)
+    limit = symmetric_limit(bits)
+    scale = jnp.maximum(jnp.abs(x).max(-1), TINY) / limit
+    codes = jnp.clip(jnp.round(x / scale[..., None]), -limit - 1, limit)
+    return codes.astype(jnp.int8), scale
+
+
+def quantize_kv(
+    x: Float[Array, "*rows H"], bits: int
+) -> tuple[UInt8[Array, "*rows H"], Float[Array, "*rows"], UInt8[Array, "*rows"]]:
+    """Asymmetric over the head: ``x ~ scale * (code - zero)``; the range always contains 0.
+
+    Returns unsigned codes, bfloat16 scales and integer zero points.
+    """
+    x = x.astype(jnp.float32)
+    levels = 2**bits - 1
+    low, high = jnp.minimum(x.min(-1), 0.0), jnp.maximum(x.max(-1), 0.0)
+    scale = (jnp.maximum(high - low, TINY) / levels).astype(KV_SCALE_DTYPE)
+    step = scale.astype(jnp.float32)
+    zero = jnp.clip(jnp.round(-low / step), 0, levels)
+    codes = jnp.clip(jnp.round(x / step[..., None]) + zero[..., None], 0, levels)
+    return codes.astype(jnp.uint8), scale, zero.astype(jnp.uint8)

@@ -1,0 +1,194 @@
+"""Pruning recipes: which visual tokens leave at which decoder layer, as static data.
+
+A recipe is frozen and hashable, so a forward pass takes it as a static argument and every pruned
+shape is a compile-time constant. ``Recipe.canonical`` drops stages that keep everything, hence a
+recipe that prunes nothing is the same program as no recipe.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from quota_jax.config import build
+from quota_jax.errors import QuotaError
+
+POINTS = ("input", "before_attention", "after_attention")
+POSITIONS = ("keep", "renumber")
+# Which points a selector can stand at: attention scores exist only after a layer's attention.
+SELECTORS: dict[str, tuple[str, ...]] = {
+    "text_attention": ("after_attention",),
+    "random": POINTS,
+    "stride": POINTS,
+}
+GUARD = 1e-9
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Selector:
+    """Names a scoring rule: ``text_attention``, ``random`` or ``stride``; ``seed`` is for
+    ``random``."""
+
+    name: str = "text_attention"
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.name not in SELECTORS:
+            raise QuotaError(f"unknown selector {self.name!r}; known: {sorted(SELECTORS)}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Stage:
+    """One pruning point.
+
+    ``keep`` is the fraction of a sample's *original* visual tokens that remain. At
+    ``after_attention`` the layer's attention runs on all incoming tokens and the MLP on the kept
+    ones; with ``trim_own_cache`` the layer's own keys and values are trimmed too.
+    """
+
+    layer: int
+    keep: float
+    point: str = "after_attention"
+    selector: Selector = Selector()
+    trim_own_cache: bool = True
+
+    def __post_init__(self):
+        if self.point not in POINTS:
+            raise QuotaError(f"stage point {self.point!r} is unknown; known: {POINTS}")
+        if not (isinstance(self.keep, int | float) and 0 <= self.keep <= 1):
+            raise QuotaError(f"stage keep must lie in [0, 1], got {self.keep!r}")
+        if isinstance(self.layer, bool) or not isinstance(self.layer, int) or self.layer < 0:
+            raise QuotaError(f"stage layer must be a non-negative integer, got {self.layer!r}")
+        if self.point == "input" and self.layer != 0:
+            raise QuotaError(
+                f"point 'input' is the decoder's input: its layer is 0, got {self.layer}"
+            )
+        if self.point not in SELECTORS[self.selector.name]:
+            raise QuotaError(
+                f"selector {self.selector.name!r} cannot stand at {self.point!r} "
+                f"(layer {self.layer})"
+            )
+
+    @property
+    def order(self) -> tuple[int, int]:
+        return self.layer, POINTS.index(self.point)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Recipe:
+    """Stages in execution order for a decoder of ``num_layers`` layers.
+
+    ``positions``: ``keep`` lets retained tokens keep their rotary positions, ``renumber`` closes
+    the gaps at every stage.
+    """
+
+    num_layers: int
+    stages: tuple[Stage, ...] = ()
+    positions: str = "keep"
+
+    def __post_init__(self):
+        if self.positions not in POSITIONS:
+            raise QuotaError(f"recipe positions {self.positions!r} are unknown; known: {POSITIONS}")
+        last, keep = (-1, -1), 1.0
+        for stage in self.stages:
+            if stage.layer >= self.num_layers:
+                raise QuotaError(
+                    f"recipe stage at layer {stage.layer}, but the decoder has "
+                    f"{self.num_layers} layers"
+                )
+            if stage.order <= last:
+                raise QuotaError(f"recipe stages are not in order at layer {stage.layer}")
+            if stage.keep > keep:
+                raise QuotaError(
+                    f"recipe grows at layer {stage.layer}: keep {stage.keep} after {keep}"
+                )
+            last, keep = stage.order, stage.keep
+
+    @classmethod
+    def none(cls, num_layers: int) -> Recipe:
+        return cls(num_layers=num_layers)
+
+    @classmethod
+    def uniform(
+        cls,
+        *,
+        num_layers: int,
+        layers: Sequence[int],
+        keep: float,
+        selector: str = "text_attention",
+        point: str = "after_attention",
+        positions: str = "keep",
+        trim_own_cache: bool = True,
+        seed: int = 0,
+    ) -> Recipe:
+        """Equal drops at each candidate layer; the last one ends exactly at ``keep`` (Eq. 4, equal
+        pi)."""
+        if not layers:
+            raise QuotaError("a uniform recipe needs at least one layer")
+        ordered = sorted(layers)
+        stages = tuple(
+            Stage(
+                layer=layer,
+                keep=keep if i == len(ordered) else max(keep, 1 - (1 - keep) * i / len(ordered)),
+                point=point,
+                selector=Selector(name=selector, seed=seed),
+                trim_own_cache=trim_own_cache,
+            )
+            for i, layer in enumerate(ordered, start=1)
+        )
+        return cls(num_layers=num_layers, stages=stages, positions=positions)
+
+    @property
+    def is_none(self) -> bool:
+        return not self.canonical().stages
+
+    def canonical(self) -> Recipe:
+        """The same recipe without stages that drop nothing; positions without stages are 'keep'."""
+        stages, keep = [], 1.0
+        for stage in self.stages:
+            if stage.keep < keep:
+                stages.append(stage)
+                keep = stage.keep
+        positions = self.positions if stages else "keep"
+        return dataclasses.replace(self, stages=tuple(stages), positions=positions)
+
+    def tokens_per_layer(self, visual_tokens: int) -> tuple[int, ...]:
+        """Visual tokens that each layer's attention sees, for a sample with ``visual_tokens``."""
+        counts, keep = [], 1.0
+        for layer in range(self.num_layers):
+            here = [stage for stage in self.stages if stage.layer == layer]
+            keep = min([keep, *(s.keep for s in here if s.point != "after_attention")])
+            counts.append(kept(visual_tokens, keep))
+            keep = min([keep, *(s.keep for s in here)])
+        return tuple(counts)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Recipe:
+        fields = dict(data)
+        stages = fields.get("stages", ())
+        if not isinstance(stages, list | tuple):
+            raise QuotaError(f"recipe: stages must be a list, got {stages!r}")
+        fields["stages"] = tuple(_stage(stage) for stage in stages)
+        return build(cls, fields, "recipe")
+
+
+def kept(count: int, keep: float) -> int:
+    """K(n) = ceil(keep * n), with a guard of 1e-9 against representation error (Eq. 5)."""
+    return max(0, math.ceil(keep * count - GUARD))
+
+
+def _stage(data: Any) -> Stage:
+    if not isinstance(data, Mapping):
+        raise QuotaError(f"recipe: a stage must be an object, got {data!r}")
+    fields = dict(data)
+    selector = fields.get("selector", {})
+    if isinstance(selector, str):
+        selector = {"name": selector}
+    fields["selector"] = build(Selector, selector, "recipe selector")
+    return build(Stage, fields, "recipe stage")

@@ -1,0 +1,58 @@
+"""Platform, compilation cache and markers of the test suite.
+
+The environment variables are set here, before any test module imports jax, and reach the processes
+that tests start.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ORACLE = "torch==2.13.0"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    on_gpu = re.search(r"(?<!not )\bgpu\b", config.option.markexpr)
+    if not on_gpu:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+    # Bounded, hence locked: workers and child processes share the folder safely.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "jax"))
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(2**30))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
+    # transformers' advice on missing packages is no test result.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "network" not in config.option.markexpr.replace("not network", ""):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("torch") is not None:
+        return
+    missing = pytest.mark.skip(
+        reason=f"needs {ORACLE} (extra 'oracle'): make test ORACLE=1, or Python 3.11"
+    )
+    for item in items:
+        if item.get_closest_marker("torch"):
+            item.add_marker(missing)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import jax
+
+        # Asked for by name, so a machine without one fails instead of passing in silence.
+        if jax.default_backend() != "gpu":
+            pytest.fail(f"jax sees no GPU (backend {jax.default_backend()!r})", pytrace=False)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository's top folder."""
+    return ROOT

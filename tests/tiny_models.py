@@ -1,0 +1,402 @@
+"""Tiny random LLaVA checkpoints in Hugging Face format, written without torch.
+
+Every part's tests start from `write_tiny_llava(folder, num_heads=..., layout=..., ...)`: a folder
+with config.json, safetensors shards, a working word-level tokenizer, a chat template and a CLIP
+image processor. Weights are random but scaled so that logits spread: a wrong rotation, mask or
+layer shows. `load_oracle` opens the same folder with transformers as the reference (needs torch).
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from PIL import Image, ImageDraw
+from safetensors.numpy import save_file
+
+from tests.tiny_processor import (
+    BOS_ID,
+    CHAT_TEMPLATE,
+    COLOURS,
+    EOS_ID,
+    IMAGE_TOKEN_ID,
+    OBJECTS,
+    PAD_ID,
+    UNK_ID,
+    VOCABULARY,
+    build_tokenizer,
+    write_processor_files,
+)
+
+__all__ = [
+    "BOS_ID",
+    "CHAT_TEMPLATE",
+    "COLOURS",
+    "DTYPES",
+    "EOS_ID",
+    "IMAGE_TOKEN_ID",
+    "LAYOUTS",
+    "OBJECTS",
+    "PAD_ID",
+    "UNK_ID",
+    "VOCABULARY",
+    "TinyLlava",
+    "assert_same_tensors",
+    "build_tokenizer",
+    "draw_picture",
+    "hf_config",
+    "hf_shapes",
+    "hf_tensors",
+    "layout_name",
+    "load_oracle",
+    "read_folder",
+    "write_processor_files",
+    "write_tensors",
+    "write_tiny_llava",
+]
+
+LAYOUTS = ("saved", "hub", "memory", "memory_vision_model")
+"""On-disk name layouts; names are spelled out in `layout_name`."""
+
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinyLlava:
+    """What a tiny checkpoint looks like; equal specs give equal bytes.
+
+    `dtype` is one name for all tensors or a function from the tensor's "saved" name to a dtype
+    name. `hidden_size` None means num_heads * head_dim. `stored_head` "copy" writes lm_head
+    although the embeddings are tied. `old_config` writes rope_theta / rope_scaling instead of
+    rope_parameters and leaves out keys that old hub files lack. `buffers` adds the tensors that
+    old checkpoints carry beside their parameters.
+    """
+
+    num_layers: int = 2
+    num_heads: int = 4
+    num_kv_heads: int = 2
+    head_dim: int = 16
+    hidden_size: int | None = None
+    intermediate_size: int = 96
+    vocab_size: int = 16 * -(-len(VOCABULARY) // 16)
+    tie_word_embeddings: bool = False
+    stored_head: str = "auto"
+    attention_bias: bool = False
+    mlp_bias: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: tuple[tuple[str, Any], ...] | None = None
+    max_position_embeddings: int = 1024
+    rms_norm_eps: float = 1e-5
+    vision_layers: int = 3
+    vision_hidden_size: int = 32
+    vision_intermediate_size: int = 48
+    vision_num_heads: int = 2
+    image_size: int = 28
+    patch_size: int = 14
+    vision_feature_layer: int | tuple[int, ...] = -2
+    vision_feature_select_strategy: str = "default"
+    projector_bias: bool = True
+    dtype: str | Callable[[str], str] = "float32"
+    layout: str = "saved"
+    num_shards: int = 1
+    old_config: bool = False
+    buffers: bool = False
+    template_file: str = "chat_template.jinja"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.layout not in LAYOUTS:
+            raise ValueError(f"layout {self.layout!r} is not one of {LAYOUTS}")
+        if self.stored_head not in ("auto", "copy"):
+            raise ValueError(f"stored_head {self.stored_head!r} is not 'auto' or 'copy'")
+        if self.vocab_size < len(VOCABULARY):
+            raise ValueError(f"vocab_size {self.vocab_size} < {len(VOCABULARY)} words")
+        if self.vision_feature_select_strategy not in ("default", "full"):
+            raise ValueError(f"select strategy {self.vision_feature_select_strategy!r} is unknown")
+
+    @property
+    def text_width(self) -> int:
+        """Width D of the residual stream."""
+        return self.hidden_size or self.num_heads * self.head_dim
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @property
+    def tokens_per_image(self) -> int:
+        """Visual tokens of one image: the class token is dropped by strategy "default"."""
+        return self.num_patches + (self.vision_feature_select_strategy == "full")
+
+
+def hf_config(spec: TinyLlava) -> dict[str, Any]:
+    """Contents of config.json."""
+    text: dict[str, Any] = {
+        "model_type": "llama",
+        "vocab_size": spec.vocab_size,
+        "hidden_size": spec.text_width,
+        "intermediate_size": spec.intermediate_size,
+        "num_hidden_layers": spec.num_layers,
+        "num_attention_heads": spec.num_heads,
+        "num_key_value_heads": spec.num_kv_heads,
+        "max_position_embeddings": spec.max_position_embeddings,
+        "rms_norm_eps": spec.rms_norm_eps,
+        "hidden_act": "silu",
+        "tie_word_embeddings": spec.tie_word_embeddings,
+        "bos_token_id": BOS_ID,
+        "eos_token_id": EOS_ID,
+        "pad_token_id": PAD_ID,
+    }
+    if spec.attention_bias or not spec.old_config:
+        text["attention_bias"] = spec.attention_bias
+    if spec.mlp_bias or not spec.old_config:
+        text["mlp_bias"] = spec.mlp_bias
+    if not spec.old_config or spec.text_width != spec.num_heads * spec.head_dim:
+        text["head_dim"] = spec.head_dim
+    scaling = dict(spec.rope_scaling) if spec.rope_scaling else None
+    if spec.old_config:
+        text["rope_theta"] = spec.rope_theta
+        text["rope_scaling"] = (
+            {("type" if key == "rope_type" else key): value for key, value in scaling.items()}
+            if scaling
+            else None
+        )
+    else:
+        text["rope_parameters"] = {
+            "rope_theta": spec.rope_theta,
+            **(scaling or {"rope_type": "default"}),
+        }
+    layer = spec.vision_feature_layer
+    return {
+        "architectures": ["LlavaForConditionalGeneration"],
+        "model_type": "llava",
+        ("torch_dtype" if spec.old_config else "dtype"): (
+            spec.dtype if isinstance(spec.dtype, str) else "float32"
+        ),
+        "image_token_index": IMAGE_TOKEN_ID,
+        "image_seq_length": spec.tokens_per_image,
+        "projector_hidden_act": "gelu",
+        "multimodal_projector_bias": spec.projector_bias,
+        "vision_feature_layer": layer if isinstance(layer, int) else list(layer),
+        "vision_feature_select_strategy": spec.vision_feature_select_strategy,
+        "tie_word_embeddings": spec.tie_word_embeddings,
+        "text_config": text,
+        "vision_config": {
+            "model_type": "clip_vision_model",
+            "hidden_size": spec.vision_hidden_size,
+            "intermediate_size": spec.vision_intermediate_size,
+            "num_hidden_layers": spec.vision_layers,
+            "num_attention_heads": spec.vision_num_heads,
+            "image_size": spec.image_size,
+            "patch_size": spec.patch_size,
+            "num_channels": 3,
+            "hidden_act": "quick_gelu",
+            "layer_norm_eps": 1e-5,
+            "projection_dim": spec.vision_hidden_size,
+        },
+    }
+
+
+def hf_shapes(spec: TinyLlava) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter, by its name in the "saved" layout."""
+    shapes: dict[str, tuple[int, ...]] = {}
+
+    def affine(name: str, rows: int, columns: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{name}.bias"] = (rows,)
+
+    def layer_norm(name: str, width: int) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+
+    width, ffn, patch = spec.vision_hidden_size, spec.vision_intermediate_size, spec.patch_size
+    vision = "vision_tower"
+    shapes[f"{vision}.embeddings.class_embedding"] = (width,)
+    shapes[f"{vision}.embeddings.patch_embedding.weight"] = (width, 3, patch, patch)
+    shapes[f"{vision}.embeddings.position_embedding.weight"] = (spec.num_patches + 1, width)
+    layer_norm(f"{vision}.pre_layrnorm", width)
+    for index in range(spec.vision_layers):
+        prefix = f"{vision}.encoder.layers.{index}"
+        for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            affine(f"{prefix}.self_attn.{part}", width, width, True)
+        layer_norm(f"{prefix}.layer_norm1", width)
+        layer_norm(f"{prefix}.layer_norm2", width)
+        affine(f"{prefix}.mlp.fc1", ffn, width, True)
+        affine(f"{prefix}.mlp.fc2", width, ffn, True)
+    layer_norm(f"{vision}.post_layernorm", width)
+
+    layers = spec.vision_feature_layer
+    features = width * (1 if isinstance(layers, int) else len(layers))
+    text = spec.text_width
+    affine("multi_modal_projector.linear_1", text, features, spec.projector_bias)
+    affine("multi_modal_projector.linear_2", text, text, spec.projector_bias)
+
+    model = "language_model.model"
+    shapes[f"{model}.embed_tokens.weight"] = (spec.vocab_size, text)
+    for index in range(spec.num_layers):
+        prefix = f"{model}.layers.{index}"
+        query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+        affine(f"{prefix}.self_attn.q_proj", query, text, spec.attention_bias)
+        affine(f"{prefix}.self_attn.k_proj", key, text, spec.attention_bias)
+        affine(f"{prefix}.self_attn.v_proj", key, text, spec.attention_bias)
+        affine(f"{prefix}.self_attn.o_proj", text, query, spec.attention_bias)
+        affine(f"{prefix}.mlp.gate_proj", spec.intermediate_size, text, spec.mlp_bias)
+        affine(f"{prefix}.mlp.up_proj", spec.intermediate_size, text, spec.mlp_bias)
+        affine(f"{prefix}.mlp.down_proj", text, spec.intermediate_size, spec.mlp_bias)
+        shapes[f"{prefix}.input_layernorm.weight"] = (text,)
+        shapes[f"{prefix}.post_attention_layernorm.weight"] = (text,)
+    shapes[f"{model}.norm.weight"] = (text,)
+    if not spec.tie_word_embeddings or spec.stored_head == "copy":
+        shapes["language_model.lm_head.weight"] = (spec.vocab_size, text)
+    return shapes
+
+
+def layout_name(saved_name: str, layout: str) -> str:
+    """The name that a tensor of the "saved" layout has in another layout."""
+    name = saved_name
+    if layout in ("hub", "memory_vision_model"):
+        name = name.replace("vision_tower.", "vision_tower.vision_model.", 1)
+    if layout in ("memory", "memory_vision_model"):
+        if name.startswith("language_model.lm_head"):
+            return name.removeprefix("language_model.")
+        name = "model." + name.replace("language_model.model.", "language_model.", 1)
+    return name
+
+
+def hf_tensors(spec: TinyLlava) -> dict[str, np.ndarray]:
+    """Random tensors under the spec's layout; values depend only on seed, name and shape."""
+    tensors = {}
+    for name, shape in hf_shapes(spec).items():
+        source = name
+        if spec.tie_word_embeddings and name == "language_model.lm_head.weight":
+            source = "language_model.model.embed_tokens.weight"
+        rng = np.random.default_rng([spec.seed, zlib.crc32(source.encode())])
+        values = rng.standard_normal(shape, dtype=np.float32)
+        if "norm" in name:
+            values = 0.1 * values + (1.0 if name.endswith("weight") else 0.0)
+        elif name.endswith("bias"):
+            values = 0.2 * values
+        elif "embed_tokens" in source:
+            values = values / np.sqrt(spec.text_width) if spec.tie_word_embeddings else values
+        elif len(shape) > 1 and "position_embedding" not in name:
+            values = 1.5 * values / np.sqrt(np.prod(shape[1:]))
+        dtype = spec.dtype if isinstance(spec.dtype, str) else spec.dtype(name)
+        tensors[layout_name(name, spec.layout)] = values.astype(DTYPES[dtype])
+    if spec.buffers:
+        tensors |= _buffers(spec)
+    return tensors
+
+
+def _buffers(spec: TinyLlava) -> dict[str, np.ndarray]:
+    """Non-parameter tensors of old checkpoints, which every reader has to leave aside."""
+    half = np.arange(0, spec.head_dim, 2, dtype=np.float32) / spec.head_dim
+    inverse = (spec.rope_theta**-half).astype(np.float32)
+    named = {
+        "vision_tower.embeddings.position_ids": np.arange(spec.num_patches + 1)[None],
+        **{
+            f"language_model.model.layers.{index}.self_attn.rotary_emb.inv_freq": inverse
+            for index in range(spec.num_layers)
+        },
+    }
+    return {layout_name(name, spec.layout): value for name, value in named.items()}
+
+
+def write_tensors(folder: Path, tensors: dict[str, np.ndarray], num_shards: int = 1) -> None:
+    """Write model.safetensors, or `num_shards` shards and their index."""
+    if num_shards == 1:
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        return
+    names = sorted(tensors)
+    per_shard = -(-len(names) // num_shards)
+    weight_map = {}
+    for shard in range(num_shards):
+        file_name = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
+        chosen = names[shard * per_shard : (shard + 1) * per_shard]
+        part = {name: tensors[name] for name in chosen}
+        save_file(part, folder / file_name, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(chosen, file_name)
+    total = sum(array.nbytes for array in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
+
+
+def write_tiny_llava(folder: Path | str, spec: TinyLlava | None = None, **changes: Any) -> Path:
+    """Write a complete checkpoint folder (made when missing) and return its path.
+
+    `changes` replace fields of `spec`: `write_tiny_llava(folder, head_dim=40, layout="hub")`.
+    """
+    spec = replace(spec or TinyLlava(), **changes)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(hf_config(spec), indent=2))
+    write_tensors(folder, hf_tensors(spec), spec.num_shards)
+    write_processor_files(
+        folder,
+        image_size=spec.image_size,
+        patch_size=spec.patch_size,
+        select_strategy=spec.vision_feature_select_strategy,
+        max_length=spec.max_position_embeddings,
+        template_file=spec.template_file,
+    )
+    return folder
+
+
+def draw_picture(seed: int = 0, size: tuple[int, int] = (60, 48)) -> Image.Image:
+    """A picture of a few coloured boxes and discs; width and height differ on purpose."""
+    rng = np.random.default_rng(seed)
+    picture = Image.new("RGB", size, tuple(int(c) for c in rng.integers(0, 256, 3)))
+    pen = ImageDraw.Draw(picture)
+    for index in range(4):
+        left, top = (int(rng.integers(0, edge // 2)) for edge in size)
+        box = [left, top, left + size[0] // 3, top + size[1] // 3]
+        fill = tuple(int(c) for c in rng.integers(0, 256, 3))
+        (pen.ellipse if index % 2 else pen.rectangle)(box, fill=fill)
+    return picture
+
+
+def read_folder(folder: Path | str) -> dict[str, np.ndarray]:
+    """Every tensor of a Hugging Face folder, shards merged; refuses none of them."""
+    from safetensors.numpy import load_file
+
+    tensors: dict[str, np.ndarray] = {}
+    for shard in sorted(Path(folder).glob("*.safetensors")):
+        tensors |= load_file(shard)
+    return tensors
+
+
+def assert_same_tensors(
+    left: dict[str, np.ndarray], right: dict[str, np.ndarray], *, ignore: Iterable[str] = ()
+) -> None:
+    """Names, dtypes, shapes and bits are equal; names ending in one of `ignore` are left aside."""
+    endings = tuple(ignore)
+    left = {k: v for k, v in left.items() if not (endings and k.endswith(endings))}
+    right = {k: v for k, v in right.items() if not (endings and k.endswith(endings))}
+    assert sorted(left) == sorted(right)
+    for name, array in left.items():
+        other = right[name]
+        assert (array.dtype, array.shape) == (other.dtype, other.shape), name
+        assert array.tobytes() == other.tobytes(), f"{name} differs"
+
+
+def load_oracle(folder: Path | str) -> Any:
+    """transformers' LlavaForConditionalGeneration of the folder: float32, eager, eval mode.
+
+    Asserts that no key is missing, unexpected or mismatched. Needs torch.
+    """
+    import torch
+    from transformers import LlavaForConditionalGeneration
+
+    loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
+    )
+    model, info = loaded
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        assert not info[kind], f"{kind}: {info[kind]}"
+    return model.eval()

@@ -58,10 +58,11 @@ class Sampling:
         stops[:, : len(stop_ids)] = np.asarray(stop_ids, np.int32)
 
         def slots(name, value, dtype, low, high) -> Any:
-            array = np.broadcast_to(np.asarray(value, dtype), (batch_size,))
+            # Checked before the cast: an integer too large for int32 must not wrap or raise.
+            array = np.broadcast_to(np.asarray(value), (batch_size,))
             if not ((array >= low) & (array <= high)).all():
                 raise QuotaError(f"{name} must lie in [{low}, {high}], got {value}")
-            return array
+            return array.astype(dtype)
 
         return cls(
             temperature=slots("temperature", temperature, np.float32, 0, 100),

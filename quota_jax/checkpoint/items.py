@@ -31,7 +31,7 @@ def save_item(folder: Path, arrays: Mapping[str, np.ndarray]) -> None:
     """Writes the arrays into ``folder``, which must not exist."""
     try:
         folder.mkdir()
-        _in_thread(_save, epath.Path(folder), ocp.args.PyTreeSave(dict(arrays)))
+        _in_thread(_save, epath.Path(folder.absolute()), ocp.args.PyTreeSave(dict(arrays)))
     except Exception as error:  # A full disk, for one, arrives as ValueError from TensorStore.
         raise QuotaError(f"{folder}: cannot be written: {_first_line(error)}") from error
 
@@ -43,7 +43,7 @@ def load_item(folder: Path, specs: Mapping[str, jax.ShapeDtypeStruct]) -> dict[s
         restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray) for name in specs},
     )
     try:
-        arrays = _in_thread(_restore, epath.Path(folder), request)
+        arrays = _in_thread(_restore, epath.Path(folder.absolute()), request)
     except Exception as error:  # Orbax, TensorStore and the JSON inside raise many types.
         raise QuotaError(f"{folder}: damaged, cannot be read: {_first_line(error)}") from error
     for name, spec in specs.items():

@@ -35,7 +35,8 @@ def export_hf(
     bit for bit under their old names. Memory stays at one block. `out` appears only when complete.
 
     Args:
-        layout: "saved" (as transformers 5 writes), "hub", "memory" or "memory_vision_model".
+        layout: "saved" (as transformers 5 writes), "hub", "memory", and for LLaVA
+            "memory_vision_model".
         max_shard_size: bytes per shard; a larger tensor gets a shard of its own.
 
     Raises:

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.llava_rules import LLAVA_RULES
+from converters.qwen2_5_vl_rules import QWEN_RULES
 from converters.rules import RuleTable
 from converters.sources import Source
 from quota_jax.config import ModelConfig, config_from_hf
 from quota_jax.errors import QuotaError
 
-_TABLES: dict[str, RuleTable] = {"llava": LLAVA_RULES}
+_TABLES: dict[str, RuleTable] = {"llava": LLAVA_RULES, "qwen2_5_vl": QWEN_RULES}
 _QUANTIZED = ("quantization_config", "compression_config")
 _HEAD_COPY = "+lm_head"
 

@@ -91,7 +91,7 @@ class Source:
         code = (
             "import sys, transformers as t; "
             "[c.from_pretrained(sys.argv[1]).save_pretrained(sys.argv[2]) "
-            "for c in (t.LlavaForConditionalGeneration, t.AutoProcessor)]"
+            "for c in (t.AutoModelForImageTextToText, t.AutoTokenizer, t.AutoImageProcessor)]"
         )
         return f"python -c {shlex.quote(code)} {shlex.quote(self.name)} {shlex.quote(out)}"
 

@@ -15,18 +15,15 @@ from converters.convert import Progress
 from converters.export_hf import export_plan
 from converters.families import read_config, rules_of
 from converters.hf_reader import HfReader, some
+from converters.random_prompts import RandomPrompts, random_prompts
 from converters.rules import make_plan
 from converters.sources import Source, open_source
-from quota_jax.batch import Batch
 from quota_jax.checkpoint import Checkpoint, open_checkpoint
-from quota_jax.config import ModelConfig
 from quota_jax.errors import QuotaError
 from quota_jax.models.params import blocks
 
 LOGIT_TOLERANCE = 2e-4
 """Largest accepted max |difference| of float32 logits, relative to max |logit|."""
-
-_TEXT_LENGTHS = (24, 9)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -145,10 +142,14 @@ def _coverage(checkpoint: Checkpoint, step: Callable[[str], None]) -> str:
     return f"{count} parameters in {len(checkpoint.block_names)} blocks, all finite"
 
 
+def _other_model(source: Source) -> QuotaError:
+    return QuotaError(f"{source.folder / 'config.json'} describes another model")
+
+
 def _tensors(checkpoint: Checkpoint, source: Source, step: Callable[[str], None]) -> str:
     _, config = read_config(source)
     if config != checkpoint.config:
-        raise QuotaError(f"{source.folder / 'config.json'} describes another model")
+        raise _other_model(source)
     reader = HfReader(source)
     plan = make_plan(
         rules_of(config), config, blocks(config), reader.infos, where=str(source.folder)
@@ -174,20 +175,22 @@ def _tensors(checkpoint: Checkpoint, source: Source, step: Callable[[str], None]
 def _logits(checkpoint: Checkpoint, source: Source) -> str:
     if not _installed("torch"):
         raise _Skipped("torch is not installed, so there is no reference to run")
+    if blocks(read_config(source)[1]) != blocks(checkpoint.config):
+        raise _other_model(source)
     needed = _float32_bytes(checkpoint)
     available = _available_memory()
     if available is not None and needed * 1.25 > available:
         raise _Skipped(
             f"transformers needs {needed / 1e9:.1f} GB (float32), {available / 1e9:.1f} GB are free"
         )
-    prompts, pixels = _random_prompts(checkpoint.config)
-    ours = _our_logits(checkpoint, prompts, pixels)
-    theirs = _reference_logits(checkpoint, source, prompts, pixels)
+    prompts = random_prompts(checkpoint.config)
+    ours = _our_logits(checkpoint, prompts)
+    theirs = _reference_logits(checkpoint, source, prompts)
     difference = float(np.abs(ours - theirs).max())
     scale = float(np.abs(theirs).max())
     same = int((ours.argmax(-1) == theirs.argmax(-1)).sum())
     detail = (
-        f"max |difference| {difference:.2e} at max |logit| {scale:.2e} over {len(prompts)} prompts "
+        f"max |difference| {difference:.2e} at max |logit| {scale:.2e} over {len(ours)} prompts "
         f"in float32 (accepted {LOGIT_TOLERANCE * scale:.2e}), same first token in {same}"
     )
     if not difference <= LOGIT_TOLERANCE * scale:
@@ -195,66 +198,33 @@ def _logits(checkpoint: Checkpoint, source: Source) -> str:
     return detail
 
 
-def _random_prompts(config: ModelConfig) -> tuple[list[np.ndarray], np.ndarray]:
-    """Token ids of seeded prompts of unequal length, image tokens expanded, and the pixels."""
-    rng = np.random.default_rng(0)
-    image = np.full(config.tokens_per_image, config.image_token_id)
-    # Any id but the image's: ids from there on are shifted by one.
-    prompts = []
-    for length in _TEXT_LENGTHS:
-        text = rng.integers(0, config.text.vocab_size - 1, length)
-        text += text >= config.image_token_id
-        prompts.append(np.concatenate([text[:3], image, text[3:]]).astype(np.int32))
-    vision = config.vision
-    shape = (len(prompts), vision.num_channels, vision.image_size, vision.image_size)
-    return prompts, rng.standard_normal(shape, dtype=np.float32)
-
-
-def _our_logits(
-    checkpoint: Checkpoint, prompts: list[np.ndarray], pixels: np.ndarray
-) -> np.ndarray:
+def _our_logits(checkpoint: Checkpoint, prompts: RandomPrompts) -> np.ndarray:
+    """float32 [prompts, vocabulary] at the last token of each prompt."""
     import jax.numpy as jnp
 
     from quota_jax.generation import prefill
 
-    config = checkpoint.config
-    visual, text = config.tokens_per_image, max(_TEXT_LENGTHS)
-    tokens = np.zeros((len(prompts), visual + text), np.int32)
-    visual_index = np.full_like(tokens, -1)
-    for row, prompt in enumerate(prompts):
-        tokens[row, : len(prompt)] = prompt
-        visual_index[row, tokens[row] == config.image_token_id] = row * visual + np.arange(visual)
-    batch = Batch(
-        tokens=jnp.asarray(tokens),
-        lengths=jnp.asarray([len(prompt) for prompt in prompts], jnp.int32),
-        visual_index=jnp.asarray(visual_index),
-        positions=jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape),
-        pixels=jnp.asarray(pixels),
-        text_bucket=text,
-        visual_bucket=visual,
-    )
-    model = checkpoint.load_model(dtype=jnp.float32)
-    logits, _ = prefill(model, batch)
+    logits, _ = prefill(checkpoint.load_model(dtype=jnp.float32), prompts.batch)
     return np.asarray(logits, np.float32)
 
 
-def _reference_logits(
-    checkpoint: Checkpoint, source: Source, prompts: list[np.ndarray], pixels: np.ndarray
-) -> np.ndarray:
-    """The source's own weights in transformers, rounded as the checkpoint's dtypes round them."""
+def _reference_logits(checkpoint: Checkpoint, source: Source, prompts: RandomPrompts) -> np.ndarray:
+    """The same of the source's own weights in transformers, rounded as the checkpoint's dtypes
+    round them."""
     import torch
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        loaded: Any = LlavaForConditionalGeneration.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source.folder,
             dtype=torch.float32,
             attn_implementation="eager",
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
             output_loading_info=True,
         )
     finally:
@@ -270,12 +240,9 @@ def _reference_logits(
         for name, dtype in _stored_dtypes(checkpoint):
             weight = model.get_parameter(name)
             weight.copy_(weight.to(dtypes[dtype]))
-        for prompt, image in zip(prompts, pixels, strict=True):
-            output = model(
-                input_ids=torch.from_numpy(prompt.astype(np.int64))[None],
-                pixel_values=torch.from_numpy(image)[None],
-            )
-            rows.append(output.logits[0, -1].numpy())
+        for inputs in prompts.reference:
+            tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+            rows.append(model(**tensors).logits[0, -1].numpy())
     return np.stack(rows)
 
 

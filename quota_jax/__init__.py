@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from quota_jax.batch import Batch
     from quota_jax.errors import QuotaError
     from quota_jax.generation import Generation, generate, prefill
+    from quota_jax.processing import Video
     from quota_jax.quantization import QuantizationConfig
     from quota_jax.recipe import Recipe, Selector, Stage
     from quota_jax.vlm import Vlm, load
@@ -24,6 +25,7 @@ _WHERE = {
     "Recipe": "recipe",
     "Selector": "recipe",
     "Stage": "recipe",
+    "Video": "processing",
     "Vlm": "vlm",
     "generate": "generation",
     "load": "vlm",
@@ -37,6 +39,7 @@ __all__ = [
     "Recipe",
     "Selector",
     "Stage",
+    "Video",
     "Vlm",
     "generate",
     "load",

@@ -22,7 +22,7 @@ from quota_jax.batch import Batch
 from quota_jax.errors import QuotaError
 from quota_jax.kv_cache import CacheGroup
 from quota_jax.models.decoder import cache_groups
-from quota_jax.models.llava import Llava, sequence_of
+from quota_jax.models.vision_language import VisionLanguageModel, sequence_of
 from quota_jax.recipe import Recipe
 from quota_jax.sampling import Sampling, greedy, sample
 
@@ -87,13 +87,17 @@ def room_for(max_new: int) -> int:
 
 
 def prefill(
-    model: Llava, batch: Batch, *, recipe: Recipe | None = None, max_new_tokens: int = ROOMS[0]
+    model: VisionLanguageModel,
+    batch: Batch,
+    *,
+    recipe: Recipe | None = None,
+    max_new_tokens: int = ROOMS[0],
 ) -> tuple[Float[Array, "B vocab"], Cache]:
     """Logits at each last real token (float32) and the cache with room for ``max_new_tokens``."""
     return _prefill(model, batch, recipe=check_recipe(model, recipe), room=room_for(max_new_tokens))
 
 
-def check_recipe(model: Llava, recipe: Recipe | None) -> Recipe:
+def check_recipe(model: VisionLanguageModel, recipe: Recipe | None) -> Recipe:
     """The canonical recipe of this model; a recipe for another depth is refused."""
     layers = model.config.text.num_layers
     recipe = recipe or Recipe.none(layers)
@@ -103,11 +107,10 @@ def check_recipe(model: Llava, recipe: Recipe | None) -> Recipe:
 
 
 @functools.partial(jax.jit, static_argnames=("recipe", "room"))
-def _prefill(model: Llava, batch: Batch, *, recipe: Recipe, room: int):
+def _prefill(model: VisionLanguageModel, batch: Batch, *, recipe: Recipe, room: int):
     sequence = sequence_of(batch)
     x = model.embed(batch, model.visual_features(batch.pixels))
-    last = jnp.maximum(batch.lengths - 1, 0)[:, None]
-    position = jnp.take_along_axis(batch.positions, last, axis=1)[:, 0] + 1
+    position = sequence.next_position
     x, final, caches = model.decoder.prefill(x, sequence, recipe)
     last = jnp.maximum(final.lengths - 1, 0)[:, None, None]
     logits = model.decoder.logits(jnp.take_along_axis(x, last, axis=1)[:, 0])
@@ -121,7 +124,7 @@ def _prefill(model: Llava, batch: Batch, *, recipe: Recipe, room: int):
 
 
 @jax.jit
-def forward(model: Llava, batch: Batch) -> Float[Array, "B S vocab"]:
+def forward(model: VisionLanguageModel, batch: Batch) -> Float[Array, "B S vocab"]:
     """Unpruned logits at every place, float32 (parity checks and scoring; not for long batches)."""
     x = model.embed(batch, model.visual_features(batch.pixels))
     recipe = Recipe.none(model.config.text.num_layers)
@@ -185,7 +188,9 @@ def insert(state: DecodeState, prefilled: DecodeState, slot: Int[Array, ""]) -> 
 
 
 @functools.partial(jax.jit, donate_argnums=1)
-def decode_chunk(model: Llava, state: DecodeState, limit: Int[Array, ""]) -> DecodeState:
+def decode_chunk(
+    model: VisionLanguageModel, state: DecodeState, limit: Int[Array, ""]
+) -> DecodeState:
     """Up to ``limit`` decode steps, fewer when every slot is done; one program for any limit."""
     batch, room = state.tokens.shape
     samples = jnp.arange(batch)
@@ -218,7 +223,7 @@ def decode_chunk(model: Llava, state: DecodeState, limit: Int[Array, ""]) -> Dec
 
 
 def begin(
-    model: Llava,
+    model: VisionLanguageModel,
     batch: Batch,
     *,
     recipe: Recipe | None = None,
@@ -253,7 +258,7 @@ def begin(
 
 
 def generate(
-    model: Llava,
+    model: VisionLanguageModel,
     batch: Batch,
     *,
     recipe: Recipe | None = None,
@@ -268,7 +273,7 @@ def generate(
 
 
 def stream(
-    model: Llava, batch: Batch, *, chunk: int = 1, max_new_tokens: int = 32, **kwargs
+    model: VisionLanguageModel, batch: Batch, *, chunk: int = 1, max_new_tokens: int = 32, **kwargs
 ) -> Iterator[list[list[int]]]:
     """Yields the newly generated token ids of every sample, ``chunk`` steps at a time."""
     state = begin(model, batch, max_new_tokens=max_new_tokens, **kwargs)

@@ -8,7 +8,7 @@ from typing import Any
 
 from quota_jax.checkpoint import open_checkpoint
 from quota_jax.config import ModelConfig
-from quota_jax.models.llava import Llava
+from quota_jax.models.vision_language import VisionLanguageModel
 from quota_jax.processing import Processor
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe
@@ -21,7 +21,7 @@ class Vlm:
     config: ModelConfig
     quantization: QuantizationConfig
     recipe: Recipe
-    model: Llava
+    model: VisionLanguageModel
     processor: Processor
 
 

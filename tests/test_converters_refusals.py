@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,36 +10,15 @@ import pytest
 
 from converters import convert, export_hf
 from quota_jax.errors import QuotaError
-from tests.tiny_models import DTYPES, TinyLlava, hf_tensors, write_tensors, write_tiny_llava
+from tests.converter_checks import Tensors, change_config, changed, refuse
+from tests.tiny_models import DTYPES, write_tiny_llava
 
-Tensors = dict[str, np.ndarray]
 Q = "language_model.model.layers.1.self_attn.q_proj.weight"
 K = "language_model.model.layers.1.self_attn.k_proj.weight"
 DOWN = "language_model.model.layers.1.mlp.down_proj.weight"
 FC1 = "vision_tower.encoder.layers.0.mlp.fc1.weight"
 EMBED = "language_model.model.embed_tokens.weight"
 HEAD = "language_model.lm_head.weight"
-
-
-def refuse(source: Path, match: str, **options: Any) -> str:
-    """`convert` fails with one matching line and leaves nothing behind; returns the line."""
-    out = source.parent / "out"
-    with pytest.raises(QuotaError, match=match) as caught:
-        convert(source, out, **options)
-    assert list(source.parent.iterdir()) == [source]
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def changed(tmp_path: Path, change: Callable[[Tensors], object], **fields: Any) -> Path:
-    """A checkpoint folder whose tensors went through `change`."""
-    spec = TinyLlava(**fields)
-    folder = write_tiny_llava(tmp_path / "hf", spec)
-    tensors = hf_tensors(spec)
-    change(tensors)
-    write_tensors(folder, tensors)
-    return folder
 
 
 def test_missing_tensor(tmp_path: Path) -> None:
@@ -68,10 +45,7 @@ def test_swapped_rows_of_joined_tensors_are_a_wrong_shape(tmp_path: Path) -> Non
 
 def test_many_problems_are_counted_and_a_few_named(tmp_path: Path) -> None:
     source = write_tiny_llava(tmp_path / "hf", num_layers=4)
-    config = json.loads((source / "config.json").read_text())
-    config["text_config"]["num_hidden_layers"] = 3
-    config["text_config"]["mlp_bias"] = True
-    (source / "config.json").write_text(json.dumps(config))
+    change_config(source, "text_config", num_hidden_layers=3, mlp_bias=True)
     message = refuse(source, "9 missing tensors: .* and 4 more; 9 unknown tensors: .* and 4 more")
     assert message.count("layers.3.") == 5
 
@@ -137,17 +111,12 @@ def test_untied_head_that_is_absent(tmp_path: Path) -> None:
     ],
 )
 def test_configs(tmp_path: Path, change: dict[str, Any], match: str) -> None:
-    source = write_tiny_llava(tmp_path / "hf")
-    config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, **change}))
-    refuse(source, match)
+    refuse(change_config(write_tiny_llava(tmp_path / "hf"), **change), match)
 
 
 def test_quantization_inside_a_section(tmp_path: Path) -> None:
     source = write_tiny_llava(tmp_path / "hf")
-    config = json.loads((source / "config.json").read_text())
-    config["text_config"]["quantization_config"] = {"quant_method": "gptq"}
-    (source / "config.json").write_text(json.dumps(config))
+    change_config(source, "text_config", quantization_config={"quant_method": "gptq"})
     refuse(source, r"has quantization_config \(gptq\): quantized checkpoints are not read")
 
 

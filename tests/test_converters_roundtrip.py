@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +15,22 @@ from converters.hf_reader import INDEX_FILE
 from quota_jax.checkpoint import open_checkpoint
 from quota_jax.errors import QuotaError
 from quota_jax.models.params import blocks
+from tests.converter_checks import (
+    LLAVA,
+    check_cast,
+    check_layout_change,
+    check_round_trip,
+    check_transformers_loads,
+)
 from tests.tiny_models import (
     DTYPES,
     LAYOUTS,
     TinyLlava,
     assert_same_tensors,
-    hf_config,
     hf_tensors,
-    layout_name,
-    load_oracle,
     read_folder,
     write_tiny_llava,
 )
-
-BUFFERS = ("position_ids", "inv_freq")
 
 
 def mixed_dtypes(name: str) -> str:
@@ -57,17 +58,7 @@ SPECS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", sorted(SPECS))
 def test_round_trip_is_bit_identical(tmp_path: Path, case: str) -> None:
-    spec = TinyLlava(**SPECS[case])
-    source = write_tiny_llava(tmp_path / "hf", spec)
-    checkpoint = convert(source, tmp_path / "qj")
-    back = export_hf(checkpoint, tmp_path / "back")
-    assert_same_tensors(read_folder(source), read_folder(back), ignore=BUFFERS)
-    for file in source.iterdir():
-        if file.name == "config.json":
-            assert json.loads((back / file.name).read_text()) == json.loads(file.read_text())
-        elif ".safetensors" not in file.name:
-            assert (back / file.name).read_bytes() == file.read_bytes(), file.name
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["back", "hf", "qj"]
+    check_round_trip(tmp_path, LLAVA, **SPECS[case])
 
 
 def test_the_checkpoint_holds_joined_rows_in_the_stored_dtype(tmp_path: Path) -> None:
@@ -103,25 +94,13 @@ def test_the_checkpoint_holds_joined_rows_in_the_stored_dtype(tmp_path: Path) ->
 def test_casts_round_to_nearest_even_and_tell_the_config(
     tmp_path: Path, stored: str, wanted: str
 ) -> None:
-    spec = TinyLlava(dtype=stored, old_config=stored == "float16")
-    source = write_tiny_llava(tmp_path / "hf", spec)
-    checkpoint = convert(source, tmp_path / "qj", dtype=wanted)
-    assert open_checkpoint(checkpoint).dtype == DTYPES[wanted]
-    back = export_hf(checkpoint, tmp_path / "back")
-    expected = {name: array.astype(DTYPES[wanted]) for name, array in hf_tensors(spec).items()}
-    assert_same_tensors(expected, read_folder(back))
-    config = json.loads((back / "config.json").read_text())
-    assert config == {**hf_config(spec), ("torch_dtype" if spec.old_config else "dtype"): wanted}
+    check_cast(tmp_path, LLAVA, wanted, dtype=stored, old_config=stored == "float16")
 
 
 @pytest.mark.parametrize("stored", LAYOUTS)
 @pytest.mark.parametrize("wanted", LAYOUTS)
 def test_any_layout_can_be_written(tmp_path: Path, stored: str, wanted: str) -> None:
-    spec = TinyLlava(layout=stored, num_layers=1, vision_layers=2)
-    checkpoint = convert(write_tiny_llava(tmp_path / "hf", spec), tmp_path / "qj")
-    back = export_hf(checkpoint, tmp_path / "back", layout=wanted)
-    expected = hf_tensors(TinyLlava(layout=wanted, num_layers=1, vision_layers=2))
-    assert_same_tensors(expected, read_folder(back))
+    check_layout_change(tmp_path, LLAVA, stored, wanted)
 
 
 def test_small_shards_have_an_index_that_reads_back(tmp_path: Path) -> None:
@@ -192,15 +171,4 @@ def test_odd_16_bit_tensors_leave_32_bit_ones_aligned(tmp_path: Path) -> None:
 @pytest.mark.torch
 @pytest.mark.parametrize("case", sorted(SPECS))
 def test_transformers_loads_the_export(tmp_path: Path, case: str) -> None:
-    """No missing, unexpected or mismatched key (`load_oracle` asserts it); the source's values."""
-    spec = TinyLlava(**SPECS[case])
-    source = write_tiny_llava(tmp_path / "hf", spec)
-    back = export_hf(convert(source, tmp_path / "qj"), tmp_path / "back", max_shard_size=60_000)
-    found = load_oracle(back).state_dict()
-    expected = hf_tensors(spec)
-    saved_names = hf_tensors(replace(spec, layout="saved", buffers=False))
-    for name in saved_names:
-        loaded = found[layout_name(name, "memory")].numpy()
-        np.testing.assert_array_equal(
-            loaded, expected[layout_name(name, spec.layout)].astype(np.float32), err_msg=name
-        )
+    check_transformers_loads(tmp_path, LLAVA, **SPECS[case])

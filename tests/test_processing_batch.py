@@ -25,7 +25,7 @@ from tiny_processor import BOS_ID, EOS_ID, IMAGE_TOKEN_ID
 
 from quota_jax.errors import QuotaError
 from quota_jax.processing import Buckets, Processor
-from quota_jax.processing.buckets import Shape, assemble
+from quota_jax.processing.buckets import assemble
 
 PROMPTS = [
     "USER: <image>\nWhat is this? ASSISTANT:",
@@ -124,15 +124,21 @@ def samples(draw: st.DrawFn) -> tuple[list[np.ndarray], int]:
 @given(case=samples())
 def test_assembled_batches_are_compact(case: tuple[list[np.ndarray], int]):
     prompts, per_image = case
-    count = sum(int((ids == 9).sum()) for ids in prompts)
-    pixels = np.arange(count, dtype=np.float32)[:, None, None, None] + np.ones((1, 3, 2, 2))
+    pictures = [int((ids == 9).sum()) for ids in prompts]
+    count = sum(pictures)
+    rows = iter(np.arange(count * per_image).reshape(count, per_image))
     batch = assemble(
         prompts,
-        pixels.astype(np.float32),
-        image_token_id=9,
-        tokens_per_image=per_image,
-        buckets=Buckets(text=(4, 8, 16), batch_size=(2, 4, 8)),
-        shape=Shape(),
+        [[next(rows) for _ in range(n)] for n in pictures],
+        [
+            np.arange(len(ids) + (per_image - 1) * n)
+            for ids, n in zip(prompts, pictures, strict=True)
+        ],
+        np.ones((count, 3, 2, 2), np.float32),
+        placeholders=[9],
+        text_bucket=16,
+        visual_bucket=per_image * max(pictures),
+        batch_size=Buckets(batch_size=(2, 4, 8)).for_rows(len(prompts)),
         filler_id=7,
     )
     tokens, lengths = np.asarray(batch.tokens), np.asarray(batch.lengths)
@@ -157,8 +163,6 @@ def test_assembled_batches_are_compact(case: tuple[list[np.ndarray], int]):
         assert np.array_equal(batch.positions[row, : lengths[row]], np.arange(lengths[row]))
         seen += index[row][visual].tolist()
     assert seen == list(range(count * per_image))  # order of appearance over the batch
-    assert np.array_equal(np.asarray(batch.pixels)[:count], pixels)
-    assert not np.asarray(batch.pixels)[count:].any()
     for row in range(len(prompts), batch.batch_size):
         assert lengths[row] == 1
         assert tokens[row, 0] == 7
@@ -169,15 +173,17 @@ def test_assembled_batches_are_compact(case: tuple[list[np.ndarray], int]):
 def test_the_worked_example_of_assemble():
     batch = assemble(
         [np.asarray([1, 9, 5]), np.asarray([7])],
+        [[np.asarray([4, 3])], []],
+        [np.asarray([0, 1, 2, 3]), np.asarray([0])],
         np.ones((1, 3, 2, 2), np.float32),
-        image_token_id=9,
-        tokens_per_image=2,
-        buckets=Buckets(text=(4,)),
-        shape=Shape(),
+        placeholders=[9],
+        text_bucket=4,
+        visual_bucket=2,
+        batch_size=2,
         filler_id=0,
     )
     assert batch.tokens.tolist() == [[1, 9, 9, 5, 0, 0], [7, 0, 0, 0, 0, 0]]
-    assert batch.visual_index.tolist() == [[-1, 0, 1, -1, -1, -1], [-1] * 6]
+    assert batch.visual_index.tolist() == [[-1, 4, 3, -1, -1, -1], [-1] * 6]
     assert batch.lengths.tolist() == [4, 1]
     assert (batch.text_bucket, batch.visual_bucket) == (4, 2)
 

@@ -192,11 +192,11 @@ def test_folder_templates_come_from_every_usual_place(tmp_path: Path):
     assert prompt_of(tiny, TWO_TURNS) == TEMPLATES["llava"](*read_turns(tiny))
 
 
-def read_turns(processor: Processor) -> tuple[Any, str, bool]:
+def read_turns(processor: Processor) -> tuple[Any, Any, bool]:
     from quota_jax.processing.templates import read_conversation
 
-    messages, _ = read_conversation(TWO_TURNS, processor.image_placeholder, "conversation 0")
-    return messages, processor.image_placeholder, True
+    messages, _ = read_conversation(TWO_TURNS, processor.placeholders, "conversation 0")
+    return messages, processor.placeholders, True
 
 
 def test_named_templates(tmp_path: Path):
@@ -205,7 +205,7 @@ def test_named_templates(tmp_path: Path):
     assert prompt_of(processor, [say("user", "cat")], "short") == "cat!"
     # none is called "default", so the built-in one serves
     assert prompt_of(processor, [say("user", "cat")]) == "USER: cat ASSISTANT:"
-    with pytest.raises(QuotaError, match="'long'; known: llava, short, vicuna_v1"):
+    with pytest.raises(QuotaError, match="'long'; known: chatml, llava, short, vicuna_v1"):
         processor.render([[say("user", "cat")]], "long")
 
 

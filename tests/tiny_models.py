@@ -9,16 +9,13 @@ layer shows. `load_oracle` opens the same folder with transformers as the refere
 from __future__ import annotations
 
 import json
-import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from PIL import Image, ImageDraw
-from safetensors.numpy import save_file
 
 from tests.tiny_processor import (
     BOS_ID,
@@ -32,6 +29,16 @@ from tests.tiny_processor import (
     VOCABULARY,
     build_tokenizer,
     write_processor_files,
+)
+from tests.tiny_tensors import (
+    DTYPES,
+    Shapes,
+    assert_same_tensors,
+    inverse_frequencies,
+    load_oracle,
+    random_tensors,
+    read_folder,
+    write_tensors,
 )
 
 __all__ = [
@@ -63,8 +70,6 @@ __all__ = [
 
 LAYOUTS = ("saved", "hub", "memory", "memory_vision_model")
 """On-disk name layouts; names are spelled out in `layout_name`."""
-
-DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,55 +209,38 @@ def hf_config(spec: TinyLlava) -> dict[str, Any]:
     }
 
 
-def hf_shapes(spec: TinyLlava) -> dict[str, tuple[int, ...]]:
+def hf_shapes(spec: TinyLlava) -> Shapes:
     """Shape of every parameter, by its name in the "saved" layout."""
-    shapes: dict[str, tuple[int, ...]] = {}
-
-    def affine(name: str, rows: int, columns: int, bias: bool) -> None:
-        shapes[f"{name}.weight"] = (rows, columns)
-        if bias:
-            shapes[f"{name}.bias"] = (rows,)
-
-    def layer_norm(name: str, width: int) -> None:
-        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
-
+    shapes = Shapes()
     width, ffn, patch = spec.vision_hidden_size, spec.vision_intermediate_size, spec.patch_size
     vision = "vision_tower"
     shapes[f"{vision}.embeddings.class_embedding"] = (width,)
     shapes[f"{vision}.embeddings.patch_embedding.weight"] = (width, 3, patch, patch)
     shapes[f"{vision}.embeddings.position_embedding.weight"] = (spec.num_patches + 1, width)
-    layer_norm(f"{vision}.pre_layrnorm", width)
+    shapes.norm(f"{vision}.pre_layrnorm", width, bias=True)
     for index in range(spec.vision_layers):
         prefix = f"{vision}.encoder.layers.{index}"
         for part in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            affine(f"{prefix}.self_attn.{part}", width, width, True)
-        layer_norm(f"{prefix}.layer_norm1", width)
-        layer_norm(f"{prefix}.layer_norm2", width)
-        affine(f"{prefix}.mlp.fc1", ffn, width, True)
-        affine(f"{prefix}.mlp.fc2", width, ffn, True)
-    layer_norm(f"{vision}.post_layernorm", width)
+            shapes.linear(f"{prefix}.self_attn.{part}", width, width, True)
+        shapes.norm(f"{prefix}.layer_norm1", width, bias=True)
+        shapes.norm(f"{prefix}.layer_norm2", width, bias=True)
+        shapes.linear(f"{prefix}.mlp.fc1", ffn, width, True)
+        shapes.linear(f"{prefix}.mlp.fc2", width, ffn, True)
+    shapes.norm(f"{vision}.post_layernorm", width, bias=True)
 
     layers = spec.vision_feature_layer
     features = width * (1 if isinstance(layers, int) else len(layers))
     text = spec.text_width
-    affine("multi_modal_projector.linear_1", text, features, spec.projector_bias)
-    affine("multi_modal_projector.linear_2", text, text, spec.projector_bias)
+    shapes.linear("multi_modal_projector.linear_1", text, features, spec.projector_bias)
+    shapes.linear("multi_modal_projector.linear_2", text, text, spec.projector_bias)
 
-    model = "language_model.model"
-    shapes[f"{model}.embed_tokens.weight"] = (spec.vocab_size, text)
-    for index in range(spec.num_layers):
-        prefix = f"{model}.layers.{index}"
-        query, key = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-        affine(f"{prefix}.self_attn.q_proj", query, text, spec.attention_bias)
-        affine(f"{prefix}.self_attn.k_proj", key, text, spec.attention_bias)
-        affine(f"{prefix}.self_attn.v_proj", key, text, spec.attention_bias)
-        affine(f"{prefix}.self_attn.o_proj", text, query, spec.attention_bias)
-        affine(f"{prefix}.mlp.gate_proj", spec.intermediate_size, text, spec.mlp_bias)
-        affine(f"{prefix}.mlp.up_proj", spec.intermediate_size, text, spec.mlp_bias)
-        affine(f"{prefix}.mlp.down_proj", text, spec.intermediate_size, spec.mlp_bias)
-        shapes[f"{prefix}.input_layernorm.weight"] = (text,)
-        shapes[f"{prefix}.post_attention_layernorm.weight"] = (text,)
-    shapes[f"{model}.norm.weight"] = (text,)
+    shapes.decoder(
+        "language_model.model",
+        spec,
+        qkv_bias=spec.attention_bias,
+        output_bias=spec.attention_bias,
+        mlp_bias=spec.mlp_bias,
+    )
     if not spec.tie_word_embeddings or spec.stored_head == "copy":
         shapes["language_model.lm_head.weight"] = (spec.vocab_size, text)
     return shapes
@@ -272,59 +260,24 @@ def layout_name(saved_name: str, layout: str) -> str:
 
 def hf_tensors(spec: TinyLlava) -> dict[str, np.ndarray]:
     """Random tensors under the spec's layout; values depend only on seed, name and shape."""
-    tensors = {}
-    for name, shape in hf_shapes(spec).items():
-        source = name
-        if spec.tie_word_embeddings and name == "language_model.lm_head.weight":
-            source = "language_model.model.embed_tokens.weight"
-        rng = np.random.default_rng([spec.seed, zlib.crc32(source.encode())])
-        values = rng.standard_normal(shape, dtype=np.float32)
-        if "norm" in name:
-            values = 0.1 * values + (1.0 if name.endswith("weight") else 0.0)
-        elif name.endswith("bias"):
-            values = 0.2 * values
-        elif "embed_tokens" in source:
-            values = values / np.sqrt(spec.text_width) if spec.tie_word_embeddings else values
-        elif len(shape) > 1 and "position_embedding" not in name:
-            values = 1.5 * values / np.sqrt(np.prod(shape[1:]))
-        dtype = spec.dtype if isinstance(spec.dtype, str) else spec.dtype(name)
-        tensors[layout_name(name, spec.layout)] = values.astype(DTYPES[dtype])
+    tensors = random_tensors(
+        hf_shapes(spec), seed=spec.seed, dtype=spec.dtype, tied=spec.tie_word_embeddings
+    )
     if spec.buffers:
         tensors |= _buffers(spec)
-    return tensors
+    return {layout_name(name, spec.layout): value for name, value in tensors.items()}
 
 
 def _buffers(spec: TinyLlava) -> dict[str, np.ndarray]:
     """Non-parameter tensors of old checkpoints, which every reader has to leave aside."""
-    half = np.arange(0, spec.head_dim, 2, dtype=np.float32) / spec.head_dim
-    inverse = (spec.rope_theta**-half).astype(np.float32)
-    named = {
+    inverse = inverse_frequencies(spec.head_dim, spec.rope_theta)
+    return {
         "vision_tower.embeddings.position_ids": np.arange(spec.num_patches + 1)[None],
         **{
             f"language_model.model.layers.{index}.self_attn.rotary_emb.inv_freq": inverse
             for index in range(spec.num_layers)
         },
     }
-    return {layout_name(name, spec.layout): value for name, value in named.items()}
-
-
-def write_tensors(folder: Path, tensors: dict[str, np.ndarray], num_shards: int = 1) -> None:
-    """Write model.safetensors, or `num_shards` shards and their index."""
-    if num_shards == 1:
-        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-        return
-    names = sorted(tensors)
-    per_shard = -(-len(names) // num_shards)
-    weight_map = {}
-    for shard in range(num_shards):
-        file_name = f"model-{shard + 1:05d}-of-{num_shards:05d}.safetensors"
-        chosen = names[shard * per_shard : (shard + 1) * per_shard]
-        part = {name: tensors[name] for name in chosen}
-        save_file(part, folder / file_name, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(chosen, file_name)
-    total = sum(array.nbytes for array in tensors.values())
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
 def write_tiny_llava(folder: Path | str, spec: TinyLlava | None = None, **changes: Any) -> Path:
@@ -359,44 +312,3 @@ def draw_picture(seed: int = 0, size: tuple[int, int] = (60, 48)) -> Image.Image
         fill = tuple(int(c) for c in rng.integers(0, 256, 3))
         (pen.ellipse if index % 2 else pen.rectangle)(box, fill=fill)
     return picture
-
-
-def read_folder(folder: Path | str) -> dict[str, np.ndarray]:
-    """Every tensor of a Hugging Face folder, shards merged; refuses none of them."""
-    from safetensors.numpy import load_file
-
-    tensors: dict[str, np.ndarray] = {}
-    for shard in sorted(Path(folder).glob("*.safetensors")):
-        tensors |= load_file(shard)
-    return tensors
-
-
-def assert_same_tensors(
-    left: dict[str, np.ndarray], right: dict[str, np.ndarray], *, ignore: Iterable[str] = ()
-) -> None:
-    """Names, dtypes, shapes and bits are equal; names ending in one of `ignore` are left aside."""
-    endings = tuple(ignore)
-    left = {k: v for k, v in left.items() if not (endings and k.endswith(endings))}
-    right = {k: v for k, v in right.items() if not (endings and k.endswith(endings))}
-    assert sorted(left) == sorted(right)
-    for name, array in left.items():
-        other = right[name]
-        assert (array.dtype, array.shape) == (other.dtype, other.shape), name
-        assert array.tobytes() == other.tobytes(), f"{name} differs"
-
-
-def load_oracle(folder: Path | str) -> Any:
-    """transformers' LlavaForConditionalGeneration of the folder: float32, eager, eval mode.
-
-    Asserts that no key is missing, unexpected or mismatched. Needs torch.
-    """
-    import torch
-    from transformers import LlavaForConditionalGeneration
-
-    loaded: Any = LlavaForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
-    )
-    model, info = loaded
-    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
-        assert not info[kind], f"{kind}: {info[kind]}"
-    return model.eval()

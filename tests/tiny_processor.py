@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,8 @@ WORDS = _words(
     "i with between next side than more less same different first second background do answer "
     "word using single please tell me about chat human artificial curious gives helpful"
 )
-VOCABULARY = tuple(dict.fromkeys([*SPECIAL_TOKENS, "\n", *":?.,!'-", *WORDS, *COLOURS, *OBJECTS]))
+TEXT_WORDS = tuple(dict.fromkeys(["\n", *":?.,!'-", *WORDS, *COLOURS, *OBJECTS]))
+VOCABULARY = (*SPECIAL_TOKENS, *TEXT_WORDS)
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -45,11 +47,22 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 def build_tokenizer() -> Any:
-    """A word-level tokenizer: lower case; newline and punctuation are words; <s> comes first."""
-    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+    """The word-level tokenizer of the LLaVA checkpoints; <s> comes first."""
+    from tokenizers import processors
+
+    tokenizer = word_level_tokenizer(VOCABULARY, SPECIAL_TOKENS)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS_ID)]
+    )
+    return tokenizer
+
+
+def word_level_tokenizer(vocabulary: Sequence[str], special_tokens: Sequence[str]) -> Any:
+    """A token a word, in lower case; newline and punctuation are words."""
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
     tokenizer = Tokenizer(
-        models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<unk>")
+        models.WordLevel({word: i for i, word in enumerate(vocabulary)}, unk_token="<unk>")
     )
     tokenizer.normalizer = normalizers.Lowercase()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -59,10 +72,7 @@ def build_tokenizer() -> Any:
             pre_tokenizers.Punctuation(),
         ]
     )
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", BOS_ID)]
-    )
-    tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
+    tokenizer.add_special_tokens(list(special_tokens))
     return tokenizer
 
 
@@ -76,52 +86,73 @@ def write_processor_files(
     template_file: str = "chat_template.jinja",
 ) -> None:
     """Tokenizer, chat template, image processor and generation files of a checkpoint folder."""
-    build_tokenizer().save(str(folder / "tokenizer.json"))
     special = {
         "bos_token": "<s>",
         "eos_token": "</s>",
         "unk_token": "<unk>",
         "pad_token": "<pad>",
     }
-    files: dict[str, Any] = {
-        "special_tokens_map.json": special,
-        "tokenizer_config.json": {
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "model_max_length": max_length,
-            "padding_side": "left",
-            "clean_up_tokenization_spaces": False,
-            **special,
+    write_tokenizer_files(folder, build_tokenizer(), special, max_length)
+    write_template(folder, CHAT_TEMPLATE, template_file)
+    write_json_files(
+        folder,
+        {
+            "preprocessor_config.json": {
+                "image_processor_type": "CLIPImageProcessor",
+                "do_convert_rgb": True,
+                "do_resize": True,
+                "size": {"shortest_edge": image_size},
+                "resample": 3,
+                "do_center_crop": True,
+                "crop_size": {"height": image_size, "width": image_size},
+                "do_rescale": True,
+                "rescale_factor": 1 / 255,
+                "do_normalize": True,
+                "image_mean": list(CLIP_MEAN),
+                "image_std": list(CLIP_STD),
+            },
+            "processor_config.json": {
+                "processor_class": "LlavaProcessor",
+                "image_token": "<image>",
+                "patch_size": patch_size,
+                "num_additional_image_tokens": 1,
+                "vision_feature_select_strategy": select_strategy,
+            },
+            "generation_config.json": {
+                "bos_token_id": BOS_ID,
+                "eos_token_id": EOS_ID,
+                "pad_token_id": PAD_ID,
+            },
         },
-        "preprocessor_config.json": {
-            "image_processor_type": "CLIPImageProcessor",
-            "do_convert_rgb": True,
-            "do_resize": True,
-            "size": {"shortest_edge": image_size},
-            "resample": 3,
-            "do_center_crop": True,
-            "crop_size": {"height": image_size, "width": image_size},
-            "do_rescale": True,
-            "rescale_factor": 1 / 255,
-            "do_normalize": True,
-            "image_mean": list(CLIP_MEAN),
-            "image_std": list(CLIP_STD),
-        },
-        "processor_config.json": {
-            "processor_class": "LlavaProcessor",
-            "image_token": "<image>",
-            "patch_size": patch_size,
-            "num_additional_image_tokens": 1,
-            "vision_feature_select_strategy": select_strategy,
-        },
-        "generation_config.json": {
-            "bos_token_id": BOS_ID,
-            "eos_token_id": EOS_ID,
-            "pad_token_id": PAD_ID,
-        },
+    )
+
+
+def write_tokenizer_files(
+    folder: Path, tokenizer: Any, special: Mapping[str, str], max_length: int
+) -> None:
+    """tokenizer.json and its settings; `special` names the tokens by role."""
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": max_length,
+        "padding_side": "left",
+        "clean_up_tokenization_spaces": False,
+        **special,
     }
+    write_json_files(
+        folder, {"special_tokens_map.json": special, "tokenizer_config.json": settings}
+    )
+
+
+def write_template(folder: Path, template: str, template_file: str) -> None:
+    """The chat template as chat_template.jinja or inside chat_template.json."""
     if template_file.endswith(".json"):
-        files[template_file] = {"chat_template": CHAT_TEMPLATE}
+        write_json_files(folder, {template_file: {"chat_template": template}})
     else:
-        (folder / template_file).write_text(CHAT_TEMPLATE)
+        (folder / template_file).write_text(template)
+
+
+def write_json_files(folder: Path, files: Mapping[str, Any]) -> None:
+    """Contents by file name."""
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2))

@@ -23,7 +23,7 @@ from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe
 
 if TYPE_CHECKING:
-    from quota_jax.models.llava import Llava
+    from quota_jax.models.vision_language import VisionLanguageModel
 
 # A damaged index makes Orbax fail in the middle of many reads, so indices are checked beforehand.
 _ALWAYS_VERIFIED = 8 << 20
@@ -86,7 +86,7 @@ class Checkpoint:
         self._verify(small)
         return load_item(self.path / fmt.STATE / name, self._block(name).params)
 
-    def load_model(self, dtype: Any = None, sharding: ShardingLike = None) -> Llava:
+    def load_model(self, dtype: Any = None, sharding: ShardingLike = None) -> VisionLanguageModel:
         """The model on the device, filled block by block.
 
         Peak host memory is about one block, peak device memory the model plus one block.

@@ -14,7 +14,7 @@ from quota_jax.errors import QuotaError
 if TYPE_CHECKING:
     from quota_jax.batch import Batch
     from quota_jax.checkpoint import Checkpoint
-    from quota_jax.models.llava import Llava
+    from quota_jax.models.vision_language import VisionLanguageModel
     from quota_jax.processing import Processor
     from quota_jax.recipe import Recipe
 
@@ -38,7 +38,7 @@ class AnswerOptions:
     keep: float | None = None
     """Keep this fraction of the visual tokens, instead of the checkpoint's recipe."""
     layers: tuple[int, ...] = ()
-    """With --keep: decoder layers that drop tokens, from 0; default 2 to 6."""
+    """With --keep: decoder layers that drop tokens, from 0; default as the command recipe."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Compute in this dtype; None takes the stored one."""
 
@@ -55,7 +55,7 @@ class AnswerOptions:
             return Recipe.none(depth)
         if self.keep is None:
             return checkpoint.recipe
-        layers = self.layers or default_layers(depth)
+        layers = self.layers or default_layers(checkpoint.config)
         return Recipe.uniform(num_layers=depth, layers=layers, keep=self.keep)
 
 
@@ -86,7 +86,7 @@ class Answerer:
         Sampling.make(1, max_new=options.max_new, **self._sampling)  # refuses what is out of range
 
     @cached_property
-    def model(self) -> Llava:
+    def model(self) -> VisionLanguageModel:
         """The model on the device, in the dtype asked for."""
         return self._checkpoint.load_model(self._options.dtype)
 

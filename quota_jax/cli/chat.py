@@ -78,7 +78,7 @@ class Conversation:
         once."""
         if not path:
             raise QuotaError("/image needs the path of a picture")
-        self._answerer.processor.pictures([[path]])
+        self._answerer.processor.pictures.read_all([[path]])
         self._waiting.append(path)
 
     def ask(self, text: str) -> None:

@@ -14,7 +14,7 @@ from quota_jax.cli.console import CheckpointPath, converters, progress, size
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
-    """Convert a Hugging Face LLaVA checkpoint, a folder or a hub id, block by block.
+    """Convert a LLaVA-1.5 or Qwen2.5-VL checkpoint, a folder or a hub id, block by block.
 
     A run that was killed leaves OUT.partial; the same command takes it up again.
 

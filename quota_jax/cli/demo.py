@@ -61,7 +61,7 @@ class Demo:
         config = config_from_hf(_hf_config(source))
         recipe = Recipe.uniform(
             num_layers=config.text.num_layers,
-            layers=default_layers(config.text.num_layers),
+            layers=default_layers(config),
             keep=self.keep,
         )
         items = make_items(self.pictures, self.seed, MAIN_TYPES)
@@ -80,14 +80,14 @@ class Demo:
         _say("calibrate", f"{quantization.label}, round to nearest -> {small}", start)
         set_recipe(small, recipe, {"recipe_command": f"demo --keep {self.keep}"})
         print(f"\nrecipe    {100 * self.keep:g} % of the visual tokens are left in {small}")
-        print(describe_recipe(recipe, config.tokens_per_image))
+        print(describe_recipe(recipe, config))
 
         print(f"\ngenerate  {len(items)} questions on {jax.devices()[0].device_kind}")
         answers = [_ask(path, items) for path in (full, small)]
         labels = ("full precision", f"{quantization.label}, {100 * self.keep:g} % of the tokens")
         columns = [rows for rows, *_ in answers]
         print("\n" + _answers(items, columns, labels))
-        print("\n" + _summary((full, small), answers, recipe, config.tokens_per_image))
+        print("\n" + _summary((full, small), answers, recipe, config.reference_picture[1]))
         print("\n" + "\n".join(_save(self.out, items, columns, labels)))
         return 0
 

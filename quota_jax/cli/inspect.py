@@ -56,7 +56,7 @@ def report(path: Path) -> str:
     if not path.exists() and unfinished.is_dir():
         raise QuotaError(f"{path}: not finished ({unfinished}); run its command again to go on")
     checkpoint = open_checkpoint(path)
-    config, text, vision = checkpoint.config, checkpoint.config.text, checkpoint.config.vision
+    config, text = checkpoint.config, checkpoint.config.text
     sizes = checkpoint.sizes()
     counts = {name: parameters(checkpoint, name) for name in checkpoint.block_names}
 
@@ -68,11 +68,7 @@ def report(path: Path) -> str:
         ("checkpoint", f"{path} (complete)"),
         ("source", checkpoint.provenance.get("source", "unknown")),
         ("model", config.model_type),
-        (
-            "vision",
-            f"{vision.num_layers} layers, width {vision.hidden_size}, {vision.image_size} px, "
-            f"patch {vision.patch_size}, {config.tokens_per_image} tokens per image",
-        ),
+        ("vision", config.vision_summary),
         (
             "decoder",
             f"{text.num_layers} layers, width {text.hidden_size}, {text.num_heads} heads "
@@ -94,7 +90,7 @@ def report(path: Path) -> str:
         (name, f"{counts[name]:,}", size(sizes["blocks"][name])) for name in checkpoint.block_names
     ]
     lines += ["", table(("block", "parameters", "bytes"), rows)]
-    lines += ["", describe_recipe(checkpoint.recipe, config.tokens_per_image)]
+    lines += ["", describe_recipe(checkpoint.recipe, config)]
     return "\n".join(lines)
 
 

@@ -11,10 +11,11 @@ from quota_jax.cli.console import CheckpointPath, table
 from quota_jax.errors import QuotaError
 
 if TYPE_CHECKING:
+    from quota_jax.config import ModelConfig
     from quota_jax.recipe import Recipe
 
-DEFAULT_LAYERS = range(2, 7)
-"""Candidate layers of the paper for LLaVA-1.5 (0-based)."""
+DEFAULT_LAYERS = {"llava": range(2, 7), "qwen2_5_vl": range(7, 12)}
+"""Candidate layers of the paper (0-based) for each model family."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,7 @@ class ShowRecipe:
     keep: float | None = None
     """Fraction of the visual tokens that is left after the last stage."""
     layers: tuple[int, ...] = ()
-    """Decoder layers that drop tokens, from 0; default 2 to 6."""
+    """Decoder layers that drop tokens, from 0; default 2 to 6 (LLaVA), 7 to 11 (Qwen2.5-VL)."""
     selector: Literal["text_attention", "random", "stride"] = "text_attention"
     """How tokens are chosen: by attention from the text, at random, or evenly spaced."""
     point: Literal["input", "before_attention", "after_attention"] = "after_attention"
@@ -64,14 +65,14 @@ class ShowRecipe:
         else:
             recipe = Recipe.uniform(
                 num_layers=depth,
-                layers=self.layers or default_layers(depth),
+                layers=self.layers or default_layers(checkpoint.config),
                 keep=self.keep,
                 selector=self.selector,
                 point=self.point,
                 positions=self.positions,
                 seed=self.seed,
             )
-        print(describe_recipe(recipe, checkpoint.config.tokens_per_image))
+        print(describe_recipe(recipe, checkpoint.config))
         if self.write or self.none:
             command = {"recipe_command": self.command()}
             set_recipe(self.checkpoint, recipe, command)
@@ -89,16 +90,18 @@ class ShowRecipe:
         )
 
 
-def default_layers(depth: int) -> tuple[int, ...]:
-    """Layers 2 to 6, as far as the decoder has them."""
-    layers = tuple(layer for layer in DEFAULT_LAYERS if layer < depth)
+def default_layers(config: ModelConfig) -> tuple[int, ...]:
+    """The paper's candidate layers, as far as the decoder has them."""
+    depth = config.text.num_layers
+    layers = tuple(layer for layer in DEFAULT_LAYERS[config.model_type] if layer < depth)
     if not layers:
         raise QuotaError(f"the decoder has only {depth} layers: name some with --layers")
     return layers
 
 
-def describe_recipe(recipe: Recipe, tokens: int) -> str:
-    """A table of the tokens of one picture per layer; equal layers share a row."""
+def describe_recipe(recipe: Recipe, config: ModelConfig) -> str:
+    """A table of the tokens of the reference picture per layer; equal layers share a row."""
+    picture, tokens = config.reference_picture
     counts = recipe.tokens_per_layer(tokens)
     stages = {layer: [] for layer in range(recipe.num_layers)}
     for stage in recipe.stages:
@@ -118,7 +121,7 @@ def describe_recipe(recipe: Recipe, tokens: int) -> str:
     return "\n".join(
         [
             table(("layer", "stage", "visual tokens", "of all"), rows, left=2),
-            f"{mean:.0f} of {tokens} visual tokens per layer on average, positions: "
+            f"{mean:.0f} of {tokens} visual tokens of {picture} per layer on average, positions: "
             f"{recipe.positions}",
         ]
     )

@@ -1,4 +1,4 @@
-"""LLaMA decoder: prefill in segments between pruning points, and single-token decode.
+"""Decoder of LLaMA and Qwen2.5-VL: prefill in segments between pruning points, and decode.
 
 Layers are stacked; inside a segment ``lax.scan`` runs over the layer *index* and every operation
 picks its layer from the whole stack. A pruning stage is a gather between two segments.
@@ -19,7 +19,7 @@ from quota_jax.config import TextConfig
 from quota_jax.kv_cache import CacheGroup, decode, encode, grow, round_up, with_room
 from quota_jax.models.build import attention, linear, mlp, module_bits, norm, tree
 from quota_jax.nn.linear import matmul
-from quota_jax.nn.rope import rotary_angles, rotate
+from quota_jax.nn.rope import rotary_angles, rotate, token_positions
 from quota_jax.prune.scores import score
 from quota_jax.prune.select import Sequence, budget, gather, select
 from quota_jax.quantization import QuantizationConfig
@@ -147,7 +147,9 @@ class Decoder(nnx.Module):
         x = self.embed.weight[...][jnp.clip(tokens, 0, vocabulary - 1)]
         first, grown = 0, []
         for group in groups:
-            cos, sin = rotary_angles(self.config, position - group.shift)
+            cos, sin = rotary_angles(
+                self.config, token_positions(self.config, position - group.shift)
+            )
 
             def layer(carry, index, first=first, cos=cos, sin=sin, group=group):
                 x, key, value = carry
@@ -185,16 +187,13 @@ def cache_groups(
             runs.append(cache)
     groups = []
     for stored, sequence in runs:
-        capacity = round_up(sequence.positions.shape[1] + room)
-        last = jnp.take_along_axis(
-            sequence.positions, jnp.maximum(sequence.lengths - 1, 0)[:, None], axis=1
-        )[:, 0]
+        capacity = round_up(sequence.source.shape[1] + room)
         groups.append(
             CacheGroup(
                 key=with_room(stored[0], capacity),
                 value=with_room(stored[1], capacity),
                 lengths=sequence.lengths,
-                shift=next_position - (last + 1),
+                shift=next_position - sequence.next_position,
                 bits=bits,
             )
         )

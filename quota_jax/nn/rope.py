@@ -1,4 +1,4 @@
-"""Rotary position embeddings (half-split convention of LLaMA)."""
+"""Rotary position embeddings (half-split convention of LLaMA): 1-D, multimodal, axial."""
 
 from __future__ import annotations
 
@@ -35,8 +35,37 @@ def inverse_frequencies(config: TextConfig) -> np.ndarray:
 def rotary_angles(
     config: TextConfig, positions: Int[Array, "*rows"]
 ) -> tuple[Float[Array, "*rows H/2"], Float[Array, "*rows H/2"]]:
-    """Cosine and sine for each position, float32."""
-    angles = positions.astype(jnp.float32)[..., None] * inverse_frequencies(config)
+    """Cosine and sine for each position, float32.
+
+    With ``config.mrope_section`` positions are ``[*rows, 3]``, and each rotary pair turns by the
+    stream of its section: for sections (1, 2, 1) the pairs follow frame, row, row, column.
+    """
+    angles = positions.astype(jnp.float32)[..., None]
+    if config.mrope_section is not None:
+        stream = np.repeat(np.arange(3), config.mrope_section)
+        angles = positions.astype(jnp.float32)[..., stream]
+    return _cos_sin(angles * inverse_frequencies(config))
+
+
+def token_positions(config: TextConfig, position: Int[Array, " B"]) -> Array:
+    """Positions of text tokens as ``rotary_angles`` takes them: the same in every stream."""
+    if config.mrope_section is None:
+        return position
+    return jnp.broadcast_to(position[..., None], (*position.shape, 3))
+
+
+def axial_angles(
+    head_dim: int, theta: float, coordinates: Int[Array, "*rows 2"]
+) -> tuple[Float[Array, "*rows H/2"], Float[Array, "*rows H/2"]]:
+    """Cosine and sine for patches: the first half of the pairs turns by the row, the other by the
+    column."""
+    half = np.arange(0, head_dim // 2, 2, dtype=np.float32) / (head_dim // 2)
+    frequency = (1.0 / theta**half).astype(np.float32)
+    angles = coordinates.astype(jnp.float32)[..., None] * frequency
+    return _cos_sin(angles.reshape(*coordinates.shape[:-1], -1))
+
+
+def _cos_sin(angles: Array) -> tuple[Array, Array]:
     angles = rounded(angles)
     return rounded(jnp.cos(angles)), rounded(jnp.sin(angles))
 

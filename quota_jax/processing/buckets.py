@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from quota_jax.batch import Batch
+from quota_jax.batch import Batch, Patches
 from quota_jax.errors import QuotaError
 
 TEXT_LADDER = (
     *(32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096),
     *(6144, 8192, 12288, 16384, 24576, 32768, 49152, 65536, 98304, 131072),
 )
+VISUAL_LADDER = (
+    *(0, 16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 896),
+    *(1024, 1280, 1536, 1792, 2048, 2560, 3072, 3584, 4096, 5120, 6144, 7168, 8192, 10240, 12288),
+    *(14336, 16384, 20480, 24576, 28672, 32768, 49152, 65536, 98304, 131072),
+)
+PATCH_LADDER = tuple(4 * tokens for tokens in VISUAL_LADDER)
 SLOT_LADDER = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 
 
@@ -24,16 +32,21 @@ class Buckets:
     """Sizes that shapes are rounded up to, so that few programs serve many prompts.
 
     text: text tokens of the longest prompt. image_slots: pictures of the whole batch (0 first, so
-    that text-only batches run no vision tower). batch_size: rows; None leaves the batch as it is.
+    that text-only batches run no vision tower). visual, patches: where pictures differ in size, the
+    visual tokens of a prompt and the patches of a picture; equal steps, so that one picture takes
+    the same step in both. batch_size: rows; None leaves the batch as it is.
     """
 
     text: tuple[int, ...] = TEXT_LADDER
     image_slots: tuple[int, ...] = SLOT_LADDER
+    visual: tuple[int, ...] = VISUAL_LADDER
+    patches: tuple[int, ...] = PATCH_LADDER
     batch_size: tuple[int, ...] | None = None
 
     def __post_init__(self):
         _check_ladder("text", self.text, lowest=1)
-        _check_ladder("image_slots", self.image_slots, lowest=0)
+        for name in ("image_slots", "visual", "patches"):
+            _check_ladder(name, getattr(self, name), lowest=0)
         if self.batch_size is not None:
             _check_ladder("batch_size", self.batch_size, lowest=1)
 
@@ -41,9 +54,19 @@ class Buckets:
         """The smallest text bucket that holds `length` tokens."""
         return _pick(self.text, length, "text tokens in a prompt", "text")
 
-    def for_images(self, count: int) -> int:
-        """The smallest number of picture slots that holds `count` pictures."""
-        return _pick(self.image_slots, count, "pictures in the batch", "image_slots")
+    def for_visual(self, count: int) -> int:
+        """The smallest visual bucket that holds `count` tokens."""
+        return _pick(self.visual, count, "visual tokens in a prompt", "visual")
+
+    def for_patches(self, count: int) -> int:
+        """The smallest patch bucket that holds a picture of `count` patches."""
+        return _pick(self.patches, count, "patches in a picture", "patches")
+
+    def slots(self, count: int, shape: Shape) -> int:
+        """Picture slots for `count` pictures: the pinned number, or the smallest step."""
+        what = "pictures in the batch"
+        slots = pinned(shape.image_slots, count, "image_slots", what)
+        return _pick(self.image_slots, count, what, "image_slots") if slots is None else slots
 
     def for_rows(self, count: int) -> int:
         """The number of batch rows for `count` prompts."""
@@ -59,86 +82,91 @@ class Shape:
     text_bucket: int | None = None
     image_slots: int | None = None
     images_per_prompt: int | None = None
+    visual_bucket: int | None = None
+    patch_bucket: int | None = None
 
     def __post_init__(self):
-        for name, lowest in (("text_bucket", 1), ("image_slots", 0), ("images_per_prompt", 0)):
-            value = getattr(self, name)
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            lowest = 1 if name == "text_bucket" else 0
             if value is not None and (not _is_int(value) or value < lowest):
                 raise QuotaError(f"{name} must be an integer of at least {lowest}, got {value!r}")
+
+    def refuse(self, *names: str, why: str) -> None:
+        """Bounds that mean nothing for a model family are an error, not ignored."""
+        for name in names:
+            if getattr(self, name) is not None:
+                raise QuotaError(f"{name} cannot be pinned for this model: {why}")
+
+
+def read_shape(pins: Mapping[str, int | None]) -> Shape:
+    """The bounds of a caller's keyword arguments; an unknown name is refused."""
+    known = [field.name for field in dataclasses.fields(Shape)]
+    if unknown := sorted(set(pins) - set(known)):
+        raise QuotaError(f"unknown bound {unknown[0]!r}; known: {', '.join(known)}")
+    return Shape(**pins)
 
 
 def assemble(
     prompts: Sequence[np.ndarray],
-    pixels: np.ndarray,
+    visual_rows: Sequence[Sequence[np.ndarray]],
+    positions: Sequence[np.ndarray],
+    pixels: np.ndarray | Patches,
     *,
-    image_token_id: int,
-    tokens_per_image: int,
-    buckets: Buckets,
-    shape: Shape,
+    placeholders: Collection[int],
+    text_bucket: int,
+    visual_bucket: int,
+    batch_size: int,
     filler_id: int,
 ) -> Batch:
     """Lays prompts, each picture one token in them, out as a `Batch`.
 
-    Every image token becomes `tokens_per_image` of them. Pictures are numbered in order of
-    appearance over the batch: picture p fills rows p * tokens_per_image onwards of the visual
-    features, and its pixels `pixels[p]`. Rows beyond the prompts (`Buckets.batch_size`) hold one
-    text token, `filler_id`.
+    Every placeholder becomes as many tokens as its picture has rows. Rows of the batch beyond the
+    prompts hold one text token, `filler_id`.
 
-    For two tokens a picture, image token 9, and prompts [1, 9, 5] and [7]:
-        tokens [1 9 9 5 0 ..], [7 0 ..]; visual_index [-1 0 1 -1 -1 ..], [-1 ..]; lengths 4, 1
+    For image token 9, prompts [1, 9, 5] and [7], and rows [[4, 3]], []:
+        tokens [1 9 9 5 0 ..], [7 0 ..]; visual_index [-1 4 3 -1 -1 ..], [-1 ..]; lengths 4, 1
 
     Args:
         prompts: int[n] token ids each, pictures not expanded.
-        pixels: float32[number of pictures, 3, height, width].
+        visual_rows: for each picture of each prompt the rows of the visual features of its tokens.
+        positions: int[n] or int[n, 3] rotary positions of each prompt, pictures expanded.
+        pixels: what the vision tower reads.
     """
-    pictures = [int(np.count_nonzero(ids == image_token_id)) for ids in prompts]
-    texts = [len(ids) - count for ids, count in zip(prompts, pictures, strict=True)]
-    if sum(pictures) != len(pixels):
-        raise ValueError(f"{sum(pictures)} image tokens for {len(pixels)} pictures")
-
-    text_bucket = _pinned(shape.text_bucket, max(texts), "text_bucket", "text tokens in a prompt")
-    if text_bucket is None:
-        text_bucket = buckets.for_text(max(texts))
-    per_prompt = _pinned(
-        shape.images_per_prompt, max(pictures), "images_per_prompt", "pictures in a prompt"
-    )
-    if per_prompt is None:
-        per_prompt = max(pictures)
-    slots = _pinned(shape.image_slots, len(pixels), "image_slots", "pictures in the batch")
-    if slots is None:
-        slots = buckets.for_images(len(pixels))
-    visual_bucket = per_prompt * tokens_per_image
-    rows, width = buckets.for_rows(len(prompts)), text_bucket + visual_bucket
-
-    tokens = np.zeros((rows, width), np.int32)
-    visual_index = np.full((rows, width), -1, np.int32)
-    lengths = np.ones(rows, np.int32)
+    width = text_bucket + visual_bucket
+    tokens = np.zeros((batch_size, width), np.int32)
+    visual_index = np.full((batch_size, width), -1, np.int32)
+    lengths = np.ones(batch_size, np.int32)
     tokens[len(prompts) :, 0] = filler_id
-    first_feature = 0
-    for row, ids in enumerate(prompts):
-        is_picture = ids == image_token_id
-        repeats = np.where(is_picture, tokens_per_image, 1)
+    streams = positions[0].shape[1:]
+    places = np.zeros((batch_size, width, *streams), np.int32)
+    # Padding goes on counting: positions are never read there, but stay in the usual range.
+    places += np.arange(width, dtype=np.int32).reshape(-1, *[1] * len(streams))
+    for row, (ids, rows, place) in enumerate(zip(prompts, visual_rows, positions, strict=True)):
+        is_picture = np.isin(ids, list(placeholders))
+        repeats = np.ones(len(ids), np.int64)
+        repeats[is_picture] = [len(part) for part in rows]
         expanded = np.repeat(ids, repeats)
         visual = np.repeat(is_picture, repeats)
-        count = int(visual.sum())
-        lengths[row] = len(expanded)
-        tokens[row, : len(expanded)] = expanded
-        visual_index[row, : len(expanded)][visual] = first_feature + np.arange(count)
-        first_feature += count
-    slotted = np.zeros((slots, *pixels.shape[1:]), np.float32)
-    slotted[: len(pixels)] = pixels
+        length = len(expanded)
+        lengths[row] = length
+        tokens[row, :length] = expanded
+        if rows:
+            visual_index[row, :length][visual] = np.concatenate(rows)
+        places[row, :length] = place
     return Batch(
         tokens=jnp.asarray(tokens),
         lengths=jnp.asarray(lengths),
         visual_index=jnp.asarray(visual_index),
-        positions=jnp.asarray(np.tile(np.arange(width, dtype=np.int32), (rows, 1))),
-        pixels=jnp.asarray(slotted),
+        positions=jnp.asarray(places),
+        pixels=jax.tree.map(jnp.asarray, pixels),
         text_bucket=text_bucket,
         visual_bucket=visual_bucket,
     )
 
 
-def _pinned(value: int | None, needed: int, name: str, what: str) -> int | None:
+def pinned(value: int | None, needed: int, name: str, what: str) -> int | None:
+    """A pinned bound, refused if it is too small for what is needed."""
     if value is not None and needed > value:
         raise QuotaError(f"{name}={value} is too small: there are {needed} {what}")
     return value

@@ -1,4 +1,4 @@
-"""Pictures to pixel arrays, by the PIL image processors of transformers.
+"""Opening pictures safely, and the PIL image processors of transformers.
 
 The PIL classes are named outright: the torchvision ones give other pixels and need torch.
 """
@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-from quota_jax.config import LlavaConfig
 from quota_jax.errors import QuotaError
 from quota_jax.processing.hugging_face import first_line, quiet, read_json, transformers
 
@@ -23,6 +21,7 @@ PIL_CLASSES = {
     "CLIPFeatureExtractor": "CLIPImageProcessorPil",
     "CLIPImageProcessor": "CLIPImageProcessorPil",
     "LlavaImageProcessor": "LlavaImageProcessorPil",
+    "Qwen2VLImageProcessor": "Qwen2VLImageProcessorPil",
 }
 ARRAY_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
@@ -125,14 +124,19 @@ def read_image_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
     return path, settings
 
 
-def pil_image_processor(settings: Mapping[str, Any], source: Path) -> Any:
-    """The PIL image processor of transformers for these settings, whichever back end they name."""
+def pil_image_processor(
+    settings: Mapping[str, Any], source: Path, families: tuple[str, ...]
+) -> Any:
+    """The PIL image processor of transformers for these settings, whichever back end they name.
+
+    ``families`` are the classes that the model can use; the first one is taken where none is named.
+    """
     named = settings.get("image_processor_type") or settings.get("feature_extractor_type")
-    named = named or "CLIPImageProcessor"
+    named = named or families[0]
     family = str(named).removesuffix("Fast").removesuffix("Pil")
-    if family not in PIL_CLASSES:
+    if family not in families:
         raise QuotaError(
-            f"{source}: image processor {named!r} is not supported; known: {sorted(PIL_CLASSES)}"
+            f"{source}: image processor {named!r} is not supported; known: {sorted(families)}"
         )
     types = ("image_processor_type", "feature_extractor_type", "processor_class", "auto_map")
     settings = {key: value for key, value in settings.items() if key not in types}
@@ -143,116 +147,6 @@ def pil_image_processor(settings: Mapping[str, Any], source: Path) -> Any:
         raise QuotaError(f"{source}: unusable image processor: {first_line(error)}") from None
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LlavaPictures:
-    """How LLaVA-1.5 sees pictures: each is one float32[3, image_size, image_size] and
-    `tokens_per_image` tokens.
-
-    image_processor: a PIL image processor of transformers, called as it stands on RGB pictures;
-    other modes are converted by it, so alpha is treated as the installed version treats it.
-    """
-
-    image_processor: Any
-    image_size: int
-    tokens_per_image: int
-    max_image_pixels: int
-    exif_orientation: bool = False
-
-    def __post_init__(self):
-        limit = self.max_image_pixels
-        if isinstance(limit, bool) or not isinstance(limit, int) or limit < 1:
-            raise QuotaError(f"max_image_pixels must be a positive integer, got {limit!r}")
-
-    @classmethod
-    def from_folder(
-        cls,
-        folder: Path,
-        config: LlavaConfig,
-        *,
-        max_image_pixels: int | None = None,
-        exif_orientation: bool = False,
-    ) -> LlavaPictures:
-        """Reads the settings and checks on a blank picture that they fit the vision tower."""
-        if config.vision.num_channels != 3:
-            raise QuotaError(f"the vision tower takes {config.vision.num_channels} channels, not 3")
-        source, settings = read_image_settings(folder)
-        pictures = cls(
-            image_processor=pil_image_processor(settings, source),
-            image_size=config.vision.image_size,
-            tokens_per_image=config.tokens_per_image,
-            max_image_pixels=_default_limit() if max_image_pixels is None else max_image_pixels,
-            exif_orientation=exif_orientation,
-        )
-        size = config.vision.image_size
-        try:
-            pictures._pixels(Image.new("RGB", (3 * size // 2, size)), "a blank picture")
-        except QuotaError as error:
-            raise QuotaError(f"{source}: {error}") from None
-        return pictures
-
-    def __call__(self, images: Sequence[Sequence[Any]]) -> np.ndarray:
-        """float32[P, 3, image_size, image_size] of all pictures, prompt after prompt."""
-        pixels = []
-        for row, sources in enumerate(images):
-            for column, image in enumerate(sources):
-                is_path = isinstance(image, str | os.PathLike)
-                name = str(image) if is_path else f"image {column} of prompt {row}"
-                pixels.append(self._pixels(self._open(image, name), name))
-        empty = np.zeros((0, 3, self.image_size, self.image_size), np.float32)
-        return np.stack(pixels) if pixels else empty
-
-    def _open(self, image: Any, name: str) -> Image.Image:
-        return open_picture(
-            image,
-            name=name,
-            max_image_pixels=self.max_image_pixels,
-            exif_orientation=self.exif_orientation,
-        )
-
-    def _pixels(self, picture: Image.Image, name: str) -> np.ndarray:
-        self._check_working_size(picture, name)
-        try:
-            # Pillow warns about palettes with transparency, which the conversion handles.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                values = self.image_processor([picture], do_convert_rgb=True, return_tensors="np")[
-                    "pixel_values"
-                ]
-        except (
-            Exception
-        ) as error:  # modes Pillow cannot convert, settings that contradict each other
-            raise QuotaError(f"{name}: cannot be processed: {first_line(error)}") from None
-        pixels = np.asarray(values[0], np.float32)
-        expected = (3, self.image_size, self.image_size)
-        if pixels.shape != expected:
-            raise QuotaError(
-                f"{name}: the image processor makes {pixels.shape}, "
-                f"the vision tower takes {expected}"
-            )
-        return pixels
-
-    def _check_working_size(self, picture: Image.Image, name: str) -> None:
-        """Refuses pictures so long and thin that padding or resizing explodes."""
-        processor = self.image_processor
-        width, height = picture.size
-        if getattr(processor, "do_pad", False):
-            width = height = max(width, height)
-        pixels = [width * height]
-        for size in (processor.size, processor.crop_size):
-            size = {key: value for key, value in dict(size or {}).items() if value}
-            edge, longest = size.get("shortest_edge"), size.get("longest_edge")
-            if edge:
-                stretched = edge * edge * max(width, height) // min(width, height)
-                pixels.append(min(stretched, longest * longest) if longest else stretched)
-            if size.get("height") and size.get("width"):
-                pixels.append(size["height"] * size["width"])
-        if max(pixels) > self.max_image_pixels:
-            raise QuotaError(
-                f"{name}: {picture.size[0]} x {picture.size[1]} pixels grow to {max(pixels)} when "
-                f"padded or resized, more than max_image_pixels={self.max_image_pixels}"
-            )
-
-
-def _default_limit() -> int:
+def default_pixel_limit() -> int:
     """Pillow's limit for decompression bombs, or its usual value where it has been switched off."""
     return Image.MAX_IMAGE_PIXELS or 89_478_485

@@ -12,9 +12,12 @@ import numpy as np
 from quota_jax.batch import Batch
 from quota_jax.config import ModelConfig
 from quota_jax.errors import QuotaError
-from quota_jax.processing.buckets import Buckets, Shape, assemble
-from quota_jax.processing.images import LlavaPictures
+from quota_jax.processing.buckets import Buckets, Shape, assemble, pinned, read_shape
+from quota_jax.processing.llava_pictures import LlavaPictures
+from quota_jax.processing.pictures import Picture, PictureReader, Video
+from quota_jax.processing.qwen_pictures import QwenPictures
 from quota_jax.processing.templates import (
+    DEFAULT_TEMPLATES,
     TEMPLATES,
     read_conversation,
     read_shipped_templates,
@@ -23,12 +26,12 @@ from quota_jax.processing.templates import (
 from quota_jax.processing.tokens import (
     DecodeStream,
     decode,
-    find_placeholder,
+    find_placeholders,
     load_tokenizer,
     read_stop_ids,
 )
 
-PICTURES = {"llava": LlavaPictures}
+PICTURES: dict[str, Any] = {"llava": LlavaPictures, "qwen2_5_vl": QwenPictures}
 """How each model type sees pictures."""
 
 
@@ -36,20 +39,21 @@ PICTURES = {"llava": LlavaPictures}
 class Processor:
     """Between prompts and a model: tokenizer, image processor, chat templates and buckets.
 
-    Token ids equal those of transformers' `LlavaProcessor` with the same tokenizer, every picture
-    expanded to `config.tokens_per_image` image tokens, and pixels equal those of its PIL image
+    Token ids equal those of transformers' processor of the model with the same tokenizer, every
+    picture expanded to its number of image tokens, and pixels equal those of its PIL image
     processor bit for bit. Nothing here depends on torch or reaches the network. Prompts, pictures,
     conversations and messages are counted from 0 in errors.
 
-    image_placeholder: text that stands for one picture in a prompt, `<image>`.
+    placeholders: what stands for one input in a prompt, by kind: `{"image": "<image>"}`, or
+        `{"image": "<|image_pad|>", "video": "<|video_pad|>"}`.
     chat_templates: Jinja templates by name as the folder ships them ("default" is used by `chat`).
     stop_ids: ids that end an answer; empty where the folder names none.
     """
 
     config: ModelConfig
     tokenizer: Any
-    pictures: LlavaPictures
-    image_placeholder: str
+    pictures: PictureReader
+    placeholders: Mapping[str, str]
     stop_ids: tuple[int, ...]
     chat_templates: Mapping[str, str] = field(default_factory=dict)
     buckets: Buckets = field(default_factory=Buckets)
@@ -79,16 +83,14 @@ class Processor:
         if not folder.is_dir():
             raise QuotaError(f"{folder} is not a folder")
         tokenizer = load_tokenizer(folder)
+        limits: dict[str, Any] = {"exif_orientation": exif_orientation}
+        if max_image_pixels is not None:
+            limits["max_image_pixels"] = max_image_pixels
         return cls(
             config=config,
             tokenizer=tokenizer,
-            pictures=PICTURES[config.model_type].from_folder(
-                folder,
-                config,
-                max_image_pixels=max_image_pixels,
-                exif_orientation=exif_orientation,
-            ),
-            image_placeholder=find_placeholder(tokenizer, folder, config.image_token_id),
+            pictures=PICTURES[config.model_type].from_folder(folder, config, **limits),
+            placeholders=find_placeholders(tokenizer, folder, config),
             stop_ids=read_stop_ids(tokenizer, folder, config.text.vocab_size),
             chat_templates=read_shipped_templates(tokenizer, folder),
             buckets=buckets or Buckets(),
@@ -100,26 +102,23 @@ class Processor:
         prompts: Sequence[str] = (),
         *,
         max_new_tokens: int = 0,
-        text_bucket: int | None = None,
-        image_slots: int | None = None,
-        images_per_prompt: int | None = None,
+        **shape: int | None,
     ) -> Batch:
         """Builds a batch of raw prompts; no template is added.
 
         Args:
-            images: for each prompt the list of its pictures (PIL images, paths or uint8 [H, W, C]
-                arrays), one per placeholder; None for prompts without any.
+            images: for each prompt the list of its pictures (PIL images, paths, uint8 [H, W, C]
+                arrays, or `Video`s), one per placeholder; None for prompts without any.
             max_new_tokens: refuse prompts that leave less room within max_position_embeddings.
-            text_bucket, image_slots, images_per_prompt: pin the shapes of the batch instead of
-                taking them from the buckets and the longest prompt (visual_bucket is
-                images_per_prompt times tokens_per_image); too small a value is refused.
+            shape: pins shapes of the batch instead of taking them from the buckets and the longest
+                prompt; too small a value is refused. `text_bucket`, `image_slots`; for pictures of
+                one size `images_per_prompt`; for others `visual_bucket` (tokens of a prompt) and
+                `patch_bucket` (patches of a picture).
         """
-        shape = Shape(
-            text_bucket=text_bucket, image_slots=image_slots, images_per_prompt=images_per_prompt
-        )
+        bounds = read_shape(shape)
         if not isinstance(prompts, list | tuple) or not all(isinstance(p, str) for p in prompts):
             raise QuotaError("prompts must be a list of strings")
-        return self._batch(images, prompts, [True] * len(prompts), shape, max_new_tokens)
+        return self._batch(images, prompts, [True] * len(prompts), bounds, max_new_tokens)
 
     def chat(
         self,
@@ -128,22 +127,18 @@ class Processor:
         add_generation_prompt: bool = True,
         *,
         max_new_tokens: int = 0,
-        text_bucket: int | None = None,
-        image_slots: int | None = None,
-        images_per_prompt: int | None = None,
+        **shape: int | None,
     ) -> Batch:
         """Renders conversations (see `render`) and builds their batch as `__call__` does.
 
         As in transformers, special tokens are not added to a prompt that already begins with the
         BOS token.
         """
-        shape = Shape(
-            text_bucket=text_bucket, image_slots=image_slots, images_per_prompt=images_per_prompt
-        )
+        bounds = read_shape(shape)
         prompts, images = self.render(conversations, template, add_generation_prompt)
         bos = self.tokenizer.bos_token
         add_special = [not (bos and prompt.startswith(bos)) for prompt in prompts]
-        return self._batch(images, prompts, add_special, shape, max_new_tokens)
+        return self._batch(images, prompts, add_special, bounds, max_new_tokens)
 
     def render(
         self,
@@ -155,10 +150,10 @@ class Processor:
 
         Args:
             conversations: lists of messages {"role": "user", "content": text or list of parts}, a
-                part being {"type": "text", "text": ...} or {"type": "image", "image": PIL image,
-                path or array}.
-            template: "llava", "vicuna_v1" or the name of a template in the folder; None takes the
-                folder's own, else "llava".
+                part being {"type": "text", "text": ...}, {"type": "image", "image": PIL image,
+                path or array} or {"type": "video", "video": `Video`}.
+            template: "llava", "vicuna_v1", "chatml" or the name of a template in the folder; None
+                takes the folder's own, else the one of the model family.
         """
         if not isinstance(conversations, list | tuple) or any(
             isinstance(conversation, Mapping) for conversation in conversations
@@ -167,7 +162,7 @@ class Processor:
         prompts, pictures = [], []
         for place, conversation in enumerate(conversations):
             messages, images = read_conversation(
-                conversation, self.image_placeholder, f"conversation {place}"
+                conversation, self.placeholders, f"conversation {place}"
             )
             prompts.append(self._render_one(messages, template, add_generation_prompt))
             pictures.append(images)
@@ -175,19 +170,20 @@ class Processor:
 
     def _render_one(self, messages: Any, template: str | None, add_generation_prompt: bool) -> str:
         if template is None:
-            template = "default" if "default" in self.chat_templates else "llava"
+            own = "default" in self.chat_templates
+            template = "default" if own else DEFAULT_TEMPLATES[self.config.model_type]
         if template in self.chat_templates:
             return render_shipped(
                 self.tokenizer,
                 self.chat_templates[template],
                 messages,
-                self.image_placeholder,
+                self.placeholders,
                 add_generation_prompt,
             )
         if template not in TEMPLATES:
             known = sorted({*TEMPLATES, *self.chat_templates})
             raise QuotaError(f"unknown chat template {template!r}; known: {', '.join(known)}")
-        return TEMPLATES[template](messages, self.image_placeholder, add_generation_prompt)
+        return TEMPLATES[template](messages, self.placeholders, add_generation_prompt)
 
     def decode(self, tokens: Any, lengths: Any, skip_special_tokens: bool = True) -> list[str]:
         """The text of int[B, T] generated ids, of which the first `lengths[b]` of row b count."""
@@ -218,18 +214,33 @@ class Processor:
         images = [[] for _ in prompts] if images is None else images
         self._check_counts(images, prompts)
         ids = [
-            self._tokenize(place, prompt, len(images[place]), special)
+            self._tokenize(place, prompt, images[place], special)
             for place, (prompt, special) in enumerate(zip(prompts, add_special, strict=True))
         ]
-        for place, prompt_ids in enumerate(ids):
-            self._check_room(place, len(prompt_ids), len(images[place]), max_new_tokens)
+        read = self.pictures.read_all(images)
+        for place, (prompt_ids, pictures) in enumerate(zip(ids, read, strict=True)):
+            self._check_room(place, len(prompt_ids), pictures, max_new_tokens)
+        return self._assemble(ids, read, shape)
+
+    def _assemble(
+        self, ids: Sequence[np.ndarray], read: Sequence[Sequence[Picture]], shape: Shape
+    ) -> Batch:
+        """Chooses the shapes and lays everything out."""
+        kinds = list(self.pictures.placeholders)
+        visual = [np.isin(prompt_ids, kinds) for prompt_ids in ids]
+        texts = max(int((~is_visual).sum()) for is_visual in visual)
+        text_bucket = pinned(shape.text_bucket, texts, "text_bucket", "text tokens in a prompt")
+        pixels, rows = self.pictures.pack([p for row in read for p in row], self.buckets, shape)
+        left = iter(rows)
         return assemble(
             ids,
-            self.pictures(images),
-            image_token_id=self.config.image_token_id,
-            tokens_per_image=self.pictures.tokens_per_image,
-            buckets=self.buckets,
-            shape=shape,
+            [[next(left) for _ in row] for row in read],
+            [self.pictures.positions(*pair) for pair in zip(visual, read, strict=True)],
+            pixels,
+            placeholders=kinds,
+            text_bucket=self.buckets.for_text(texts) if text_bucket is None else text_bucket,
+            visual_bucket=self.pictures.visual_bucket(read, self.buckets, shape),
+            batch_size=self.buckets.for_rows(len(ids)),
             filler_id=self.tokenizer.bos_token_id or 0,
         )
 
@@ -241,16 +252,20 @@ class Processor:
         if len(images) != len(prompts):
             raise QuotaError(f"{len(prompts)} prompts but {len(images)} lists of images")
         for place, (prompt, row) in enumerate(zip(prompts, images, strict=True)):
-            count = prompt.count(self.image_placeholder)
-            if count != len(row):
-                raise QuotaError(
-                    f"prompt {place} has {count} {self.image_placeholder} "
-                    f"placeholder{'' if count == 1 else 's'} but {len(row)} "
-                    f"image{'' if len(row) == 1 else 's'}"
-                )
+            for kind, text in self.placeholders.items():
+                found = prompt.count(text)
+                given = sum(isinstance(image, Video) == (kind == "video") for image in row)
+                if found != given:
+                    raise QuotaError(
+                        f"prompt {place} has {found} {text} "
+                        f"placeholder{'' if found == 1 else 's'} but {given} "
+                        f"{kind}{'' if given == 1 else 's'}"
+                    )
 
-    def _tokenize(self, place: int, prompt: str, pictures: int, add_special: bool) -> np.ndarray:
-        """int32[n] ids with one image token a picture.
+    def _tokenize(
+        self, place: int, prompt: str, images: Sequence[Any], add_special: bool
+    ) -> np.ndarray:
+        """int32[n] ids with one placeholder token a picture.
 
         Expanding the text first, as transformers does, gives the same ids: image tokens are split
         off before anything else is tokenized.
@@ -261,12 +276,19 @@ class Processor:
         ids = np.asarray(encoded["input_ids"], np.int32)
         if not ids.size:
             raise QuotaError(f"prompt {place} is empty: it has no tokens")
-        found = int(np.count_nonzero(ids == self.config.image_token_id))
-        if found != pictures:
+        found = ids[np.isin(ids, list(self.pictures.placeholders))].tolist()
+        expected = [self.pictures.token_id(image) for image in images]
+        if len(found) != len(expected):
             raise QuotaError(
-                f"prompt {place} tokenizes to {found} image tokens "
-                f"(id {self.config.image_token_id}) for {pictures} "
-                f"{self.image_placeholder} placeholders"
+                f"prompt {place} tokenizes to {len(found)} image tokens "
+                f"(id {self.config.image_token_id}) for {len(expected)} "
+                f"{' or '.join(self.placeholders.values())} placeholders"
+            )
+        if found != expected:
+            kinds = [self.pictures.placeholders[token] for token in found]
+            raise QuotaError(
+                f"prompt {place}: its placeholders stand for {', '.join(kinds)} in this order; "
+                "the inputs are in another"
             )
         vocab_size = self.config.text.vocab_size
         if ids.max() >= vocab_size:
@@ -277,12 +299,15 @@ class Processor:
             )
         return ids
 
-    def _check_room(self, place: int, length: int, pictures: int, max_new_tokens: int) -> None:
+    def _check_room(
+        self, place: int, length: int, pictures: Sequence[Picture], max_new_tokens: int
+    ) -> None:
         if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int):
             raise QuotaError(f"max_new_tokens must be an integer, got {max_new_tokens!r}")
         if max_new_tokens < 0:
             raise QuotaError(f"max_new_tokens must not be negative, got {max_new_tokens}")
-        text, visual = length - pictures, pictures * self.pictures.tokens_per_image
+        text = length - len(pictures)
+        visual = sum(picture.num_tokens for picture in pictures)
         limit = self.config.text.max_position_embeddings
         if text + visual + max_new_tokens > limit:
             raise QuotaError(

@@ -15,7 +15,8 @@ from quota_jax.errors import QuotaError
 from quota_jax.processing.hugging_face import first_line, quiet, read_json
 
 ROLES = ("system", "user", "assistant")
-IMAGE_KEYS = ("image", "path")
+PART_KEYS = {"image": ("image", "path"), "video": ("video",)}
+CHATML_SYSTEM = "You are a helpful assistant."
 VICUNA_SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions."
@@ -24,14 +25,23 @@ VICUNA_SYSTEM = (
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Message:
-    """One turn, its pictures counted and its texts in order."""
+    """One turn: (kind, text) pairs in order, the text of an image or a video being empty."""
 
     role: str
-    num_images: int
-    texts: tuple[str, ...]
+    parts: tuple[tuple[str, str], ...]
+
+    @property
+    def texts(self) -> list[str]:
+        return [text for kind, text in self.parts if kind == "text"]
+
+    def visual(self, placeholders: Mapping[str, str]) -> list[str]:
+        """The placeholder of each picture."""
+        return [placeholders[kind] for kind, _ in self.parts if kind != "text"]
 
 
-def llava(messages: Sequence[Message], placeholder: str, add_generation_prompt: bool) -> str:
+def llava(
+    messages: Sequence[Message], placeholders: Mapping[str, str], add_generation_prompt: bool
+) -> str:
     """The template of the llava-hf LLaVA-1.5 checkpoints: `USER: <image>\\nWhat? ASSISTANT:`.
 
     Pictures before texts, a space after every text, a system message without a role.
@@ -39,12 +49,14 @@ def llava(messages: Sequence[Message], placeholder: str, add_generation_prompt: 
     prompt = ""
     for message in messages:
         prompt += "" if message.role == "system" else f"{message.role.upper()}: "
-        prompt += f"{placeholder}\n" * message.num_images
+        prompt += "".join(f"{image}\n" for image in message.visual(placeholders))
         prompt += "".join(f"{text} " for text in message.texts)
     return prompt + ("ASSISTANT:" if add_generation_prompt else "")
 
 
-def vicuna_v1(messages: Sequence[Message], placeholder: str, add_generation_prompt: bool) -> str:
+def vicuna_v1(
+    messages: Sequence[Message], placeholders: Mapping[str, str], add_generation_prompt: bool
+) -> str:
     """The template LLaVA-1.5 was trained and is evaluated with ("vicuna_v1" of the original code).
 
     A system prompt, which a system message replaces, then `USER: <image>\\nWhat? ASSISTANT:
@@ -61,7 +73,7 @@ def vicuna_v1(messages: Sequence[Message], placeholder: str, add_generation_prom
                 f"template vicuna_v1: turn {place} must be the {expected}'s, "
                 f"not the {message.role}'s"
             )
-        text = f"{placeholder}\n" * message.num_images + " ".join(message.texts)
+        text = plain_text(message, placeholders)
         prompt += f"{message.role.upper()}: {text}" + (" " if expected == "user" else "</s>")
     if not add_generation_prompt:
         return prompt
@@ -70,18 +82,43 @@ def vicuna_v1(messages: Sequence[Message], placeholder: str, add_generation_prom
     return prompt + "ASSISTANT:"
 
 
-TEMPLATES: dict[str, Callable[[Sequence[Message], str, bool], str]] = {
+def chatml(
+    messages: Sequence[Message], placeholders: Mapping[str, str], add_generation_prompt: bool
+) -> str:
+    """The template of Qwen2.5-VL: `<|im_start|>role\\n ... <|im_end|>`, parts in their order."""
+    prompt = ""
+    if messages[0].role != "system":
+        prompt += f"<|im_start|>system\n{CHATML_SYSTEM}<|im_end|>\n"
+    for message in messages:
+        parts = [
+            text if kind == "text" else f"<|vision_start|>{placeholders[kind]}<|vision_end|>"
+            for kind, text in message.parts
+        ]
+        prompt += f"<|im_start|>{message.role}\n{''.join(parts)}<|im_end|>\n"
+    return prompt + ("<|im_start|>assistant\n" if add_generation_prompt else "")
+
+
+def plain_text(message: Message, placeholders: Mapping[str, str]) -> str:
+    """A line for each picture, then the texts, joined by spaces."""
+    images = "".join(f"{image}\n" for image in message.visual(placeholders))
+    return images + " ".join(message.texts)
+
+
+TEMPLATES: dict[str, Callable[[Sequence[Message], Mapping[str, str], bool], str]] = {
     "llava": llava,
     "vicuna_v1": vicuna_v1,
+    "chatml": chatml,
 }
+DEFAULT_TEMPLATES = {"llava": "llava", "qwen2_5_vl": "chatml"}
+"""The template of each model family, where the folder ships none."""
 
 
 def read_conversation(
-    conversation: Any, placeholder: str, where: str
+    conversation: Any, placeholders: Mapping[str, str], where: str
 ) -> tuple[list[Message], list[Any]]:
     """Checks a conversation and parts it into messages and pictures in order of appearance.
 
-    Text that holds the placeholder is refused: it would stand for a picture that is not there.
+    Text that holds a placeholder is refused: it would stand for a picture that is not there.
     """
     if not isinstance(conversation, list | tuple) or not conversation:
         raise QuotaError(
@@ -102,23 +139,27 @@ def read_conversation(
             raise QuotaError(
                 f"{at}: content must be text or a list of parts, got {_brief(content)}"
             )
-        texts, before = [], len(images)
+        read: list[tuple[str, str]] = []
         for part in parts:
             kind = part.get("type") if isinstance(part, Mapping) else None
+            keys = [key for key in PART_KEYS.get(str(kind), ()) if part.get(key) is not None]
             if kind == "text" and isinstance(part.get("text"), str):
-                if placeholder in part["text"]:
-                    raise QuotaError(
-                        f"{at}: text holds the placeholder {placeholder!r}; give pictures as parts"
-                    )
-                texts.append(part["text"])
-            elif kind == "image" and any(part.get(key) is not None for key in IMAGE_KEYS):
-                images.append(next(part[key] for key in IMAGE_KEYS if part.get(key) is not None))
+                for placeholder in placeholders.values():
+                    if placeholder in part["text"]:
+                        raise QuotaError(
+                            f"{at}: text holds the placeholder {placeholder!r}; give pictures as "
+                            "parts"
+                        )
+                read.append(("text", part["text"]))
+            elif kind in placeholders and keys:
+                images.append(part[keys[0]])
+                read.append((kind, ""))
             else:
-                raise QuotaError(
-                    f'{at}: a part must be {{"type": "text", "text": ...}} or {{"type": "image", '
-                    f'"image": ...}}, got {_brief(part)}'
+                known = " or ".join(
+                    f'{{"type": "{k}", "{k}": ...}}' for k in ("text", *placeholders)
                 )
-        messages.append(Message(role=role, num_images=len(images) - before, texts=tuple(texts)))
+                raise QuotaError(f"{at}: a part must be {known}, got {_brief(part)}")
+        messages.append(Message(role=role, parts=tuple(read)))
     return messages, images
 
 
@@ -155,7 +196,7 @@ def render_shipped(
     tokenizer: Any,
     template: str,
     messages: Sequence[Message],
-    placeholder: str,
+    placeholders: Mapping[str, str],
     add_generation_prompt: bool,
 ) -> str:
     """Renders a folder's template in transformers' sandbox.
@@ -167,7 +208,7 @@ def render_shipped(
     reason = "it leaves out a text or a picture of the conversation"
     for as_parts in (True, False):
         chat = [
-            {"role": message.role, "content": _content(message, placeholder, as_parts)}
+            {"role": message.role, "content": _content(message, placeholders, as_parts)}
             for message in messages
         ]
         try:
@@ -181,23 +222,29 @@ def render_shipped(
         except Exception as error:  # a foreign program: it may raise anything
             reason = first_line(error)
             continue
-        if _is_faithful(prompt, messages, placeholder, chat):
+        if _is_faithful(prompt, messages, placeholders, chat):
             return prompt
     raise QuotaError(f"the folder's chat template cannot render this conversation: {reason}")
 
 
-def _content(message: Message, placeholder: str, as_parts: bool) -> Any:
-    if as_parts:
-        parts: list[dict[str, str]] = [{"type": "image"}] * message.num_images
-        return parts + [{"type": "text", "text": text} for text in message.texts]
-    return f"{placeholder}\n" * message.num_images + " ".join(message.texts)
+def _content(message: Message, placeholders: Mapping[str, str], as_parts: bool) -> Any:
+    if not as_parts:
+        return plain_text(message, placeholders)
+    return [
+        {"type": "text", "text": text} if kind == "text" else {"type": kind}
+        for kind, text in message.parts
+    ]
 
 
 def _is_faithful(
-    prompt: str, messages: Sequence[Message], placeholder: str, chat: Sequence[dict[str, Any]]
+    prompt: str,
+    messages: Sequence[Message],
+    placeholders: Mapping[str, str],
+    chat: Sequence[dict[str, Any]],
 ) -> bool:
     """Every text in order, all placeholders, and no list printed as Python prints it."""
-    if prompt.count(placeholder) != sum(message.num_images for message in messages):
+    wanted = [image for message in messages for image in message.visual(placeholders)]
+    if any(prompt.count(text) != wanted.count(text) for text in placeholders.values()):
         return False
     if any(isinstance(turn["content"], list) and str(turn["content"]) in prompt for turn in chat):
         return False

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from quota_jax.config import ModelConfig, QwenVlConfig
 from quota_jax.errors import QuotaError
 from quota_jax.processing.hugging_face import first_line, quiet, read_json, transformers
 
@@ -62,19 +63,32 @@ def _leads_out(value: str) -> bool:
     return Path(value).is_absolute() or ".." in Path(value).parts
 
 
-def find_placeholder(tokenizer: Any, folder: Path, image_token_id: int) -> str:
-    """The text of the image token; it must be one token, with the id in the model's config."""
+def find_placeholders(tokenizer: Any, folder: Path, config: ModelConfig) -> dict[str, str]:
+    """The texts of the image and video tokens: each one token, with the id in the config."""
     settings = read_json(folder / "processor_config.json") or {}
-    text = getattr(tokenizer, "image_token", None) or settings.get("image_token") or "<image>"
-    if not isinstance(text, str):
-        raise QuotaError(f"{folder / 'processor_config.json'}: image_token {text!r} is not text")
-    ids = tokenizer.encode(text, add_special_tokens=False)
-    if list(ids) != [image_token_id]:
-        raise QuotaError(
-            f"{folder}: the tokenizer reads {text!r} as {list(ids)}, "
-            f"but the model's image token id is {image_token_id}"
-        )
-    return text
+    found = {}
+    for kind, (usual, token_id) in _placeholder_ids(config).items():
+        key = f"{kind}_token"
+        text = getattr(tokenizer, key, None) or settings.get(key) or usual
+        if not isinstance(text, str):
+            raise QuotaError(f"{folder / 'processor_config.json'}: {key} {text!r} is not text")
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if list(ids) != [token_id]:
+            raise QuotaError(
+                f"{folder}: the tokenizer reads {text!r} as {list(ids)}, "
+                f"but the model's {kind} token id is {token_id}"
+            )
+        found[kind] = text
+    return found
+
+
+def _placeholder_ids(config: ModelConfig) -> dict[str, tuple[str, int]]:
+    if isinstance(config, QwenVlConfig):
+        return {
+            "image": ("<|image_pad|>", config.image_token_id),
+            "video": ("<|video_pad|>", config.video_token_id),
+        }
+    return {"image": ("<image>", config.image_token_id)}
 
 
 def read_stop_ids(tokenizer: Any, folder: Path, vocab_size: int) -> tuple[int, ...]:

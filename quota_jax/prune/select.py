@@ -16,7 +16,14 @@ from quota_jax.recipe import kept
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("lengths", "positions", "is_visual", "visual_count", "source"),
+    data_fields=(
+        "lengths",
+        "positions",
+        "next_position",
+        "is_visual",
+        "visual_count",
+        "source",
+    ),
     meta_fields=("text_bucket", "visual_bucket", "original_bucket"),
 )
 @dataclass(frozen=True, kw_only=True)
@@ -24,11 +31,13 @@ class Sequence:
     """Bookkeeping of compact sequences inside the decoder.
 
     ``visual_count`` is the sample's *original* number of visual tokens (budgets are fractions of
-    it); ``source`` the place that each token had in the input sequence.
+    it); ``source`` the place that each token had in the input sequence; ``next_position`` the
+    rotary position of the first token after the sequence.
     """
 
     lengths: Int[Array, " B"]
-    positions: Int[Array, "B S"]
+    positions: Int[Array, "B S"] | Int[Array, "B S 3"]
+    next_position: Int[Array, " B"]
     is_visual: Bool[Array, "B S"]
     visual_count: Int[Array, " B"]
     source: Int[Array, "B S"]
@@ -38,7 +47,7 @@ class Sequence:
 
     @property
     def is_real(self) -> Bool[Array, "B S"]:
-        return jnp.arange(self.positions.shape[1])[None, :] < self.lengths[:, None]
+        return jnp.arange(self.source.shape[1])[None, :] < self.lengths[:, None]
 
     @property
     def is_text(self) -> Bool[Array, "B S"]:
@@ -67,7 +76,8 @@ def select(
     """The pruned sequence and, for each of its places, the place to gather from.
 
     Kept tokens stay in ascending order; padding places gather an arbitrary dropped or padding
-    token.
+    token. ``renumber`` gives every token its new place as position, in all streams of a multimodal
+    rotation.
     """
     target = budget(sequence, keep)
     mask = keep_mask(sequence, scores, target)
@@ -77,13 +87,15 @@ def select(
     take = functools.partial(jnp.take_along_axis, indices=order, axis=1)
     lengths = mask.sum(1).astype(jnp.int32)
     real = jnp.arange(length)[None, :] < lengths[:, None]
-    positions = (
-        jnp.broadcast_to(jnp.arange(length), order.shape) if renumber else take(sequence.positions)
-    )
+    positions = gather(sequence.positions, order)
+    if renumber:
+        places = jnp.arange(length).reshape(-1, *[1] * (positions.ndim - 2))
+        positions = jnp.broadcast_to(places, positions.shape)
     pruned = dataclasses.replace(
         sequence,
         lengths=lengths,
         positions=positions,
+        next_position=lengths if renumber else sequence.next_position,
         is_visual=take(sequence.is_visual) & real,
         source=take(sequence.source),
         visual_bucket=visual_bucket,

@@ -1,0 +1,158 @@
+"""Column sums of attention against a dense float64 softmax, and their independence of padding."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels.attention_mass import BLOCK, attention_mass
+
+
+def draw(batch, length, heads, kv_heads, dim, seed=0):
+    """Queries and keys whose attention is far from uniform."""
+    rng = np.random.default_rng(seed)
+    query = 3 * rng.standard_normal((batch, length, heads, dim)).astype(np.float32)
+    key = rng.standard_normal((batch, length, kv_heads, dim)).astype(np.float32)
+    return query, key
+
+
+def dense(query, key, is_visual):
+    """inter and intra of one sample without padding: plain loops over float64 softmax rows."""
+    length, heads, dim = query.shape
+    inter, intra = np.zeros(length), np.zeros(length)
+    for head in range(heads):
+        keys = key[:, head // (heads // key.shape[1])].astype(np.float64)
+        for row in range(length):
+            scores = keys[: row + 1] @ query[row, head].astype(np.float64) * dim**-0.5
+            weights = np.exp(scores - scores.max())
+            weights /= weights.sum()
+            if is_visual[row]:
+                intra[: row + 1] += weights / heads
+            else:
+                inter[:row] += weights[:row] / heads
+    return inter, intra
+
+
+def visual_runs(length, *runs):
+    mask = np.zeros(length, bool)
+    for start, stop in runs:
+        mask[start:stop] = True
+    return mask
+
+
+mass = jax.jit(attention_mass, static_argnames=("sm_scale", "impl"))
+
+
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 40), (7, 1, 80), (1, 1, 16)]
+)
+def test_mass_equals_a_dense_float64_softmax(heads, kv_heads, dim):
+    length = 2 * BLOCK + 9
+    lengths = np.array([length, 77, 1, 30])
+    query, key = draw(4, length, heads, kv_heads, dim)
+    is_visual = np.stack(
+        [
+            visual_runs(length, (5, 60), (70, 90)),  # two pictures, text between and after
+            visual_runs(length, (2, 40)),
+            visual_runs(length),  # one text token
+            visual_runs(length, (3, 30)),  # nothing after the picture
+        ]
+    )
+    inter, intra = mass(*map(jnp.asarray, (query, key, lengths, is_visual)), sm_scale=dim**-0.5)
+    assert inter.dtype == intra.dtype == jnp.float32
+    for b, n in enumerate(lengths):
+        expected = dense(query[b, :n], key[b, :n], is_visual[b, :n])
+        np.testing.assert_allclose(inter[b, :n], expected[0], atol=1e-5, rtol=1e-5)
+        np.testing.assert_allclose(intra[b, :n], expected[1], atol=1e-5, rtol=1e-5)
+        assert not np.asarray(inter[b, n:]).any()
+        assert not np.asarray(intra[b, n:]).any()
+    assert not np.asarray(inter[3, 3:]).any()  # no text after the picture
+    assert not np.asarray(intra[2]).any()  # no picture
+    # Every visual query gives away 1.
+    real = is_visual & (np.arange(length) < lengths[:, None])
+    np.testing.assert_allclose(intra.sum(1), real.sum(1), rtol=1e-5)
+
+
+def test_a_token_alone_and_no_token_at_all():
+    query, key = draw(2, 3, 2, 2, 16)
+    visual = jnp.asarray([[True, False, False], [True, True, True]])
+    inter, intra = mass(
+        jnp.asarray(query), jnp.asarray(key), jnp.asarray([1, 0]), visual, sm_scale=1.0
+    )
+    np.testing.assert_array_equal(inter, np.zeros((2, 3)))
+    np.testing.assert_array_equal(intra, [[1, 0, 0], [0, 0, 0]])
+
+
+def test_padding_may_hold_anything():
+    query, key = draw(1, 40, 4, 2, 16)
+    visual = visual_runs(40, (3, 40))[None]
+    clean = mass(*map(jnp.asarray, (query, key, np.array([25]), visual)), sm_scale=0.25)
+    query[:, 25:], key[:, 25:] = np.nan, np.inf
+    dirty = mass(*map(jnp.asarray, (query, key, np.array([25]), visual)), sm_scale=0.25)
+    for a, b in zip(clean, dirty, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.sampled_from([(4, 2, 16), (1, 1, 16), (3, 1, 40), (2, 2, 80)]),
+    st.integers(1, 150),
+    st.sampled_from([0, 1, 63, 64, 130, 200]),
+    st.integers(0, 3),
+    st.integers(0, 99),
+)
+def test_neither_padding_nor_neighbours_change_a_bit(shape, length, padding, neighbours, seed):
+    heads, kv_heads, dim = shape
+    rng = np.random.default_rng(seed)
+    query, key = draw(1 + neighbours, length + padding, heads, kv_heads, dim, seed)
+    is_visual = rng.random((1 + neighbours, length + padding)) < 0.6
+    lengths = rng.integers(1, length + padding + 1, 1 + neighbours)
+    lengths[0] = length
+    alone = mass(
+        *(jnp.asarray(array[:1, :length]) for array in (query, key)),
+        jnp.asarray(lengths[:1]),
+        jnp.asarray(is_visual[:1, :length]),
+        sm_scale=dim**-0.5,
+    )
+    beside = mass(*map(jnp.asarray, (query, key, lengths, is_visual)), sm_scale=dim**-0.5)
+    for one, many in zip(alone, beside, strict=True):
+        np.testing.assert_array_equal(one[0], many[0, :length])
+
+
+def test_no_array_of_the_program_has_two_long_axes():
+    length = 20 * BLOCK
+    shapes = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((1, length, 2, 16), jnp.bfloat16),
+            ((1, length, 1, 16), jnp.bfloat16),
+            ((1,), jnp.int32),
+            ((1, length), jnp.bool_),
+        )
+    ]
+    made = jax.make_jaxpr(functools.partial(attention_mass, sm_scale=0.25))(*shapes)
+
+    def largest(jaxpr):
+        sizes = [out.aval.size for equation in jaxpr.eqns for out in equation.outvars]
+        for equation in jaxpr.eqns:
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    sizes.append(largest(inner))
+        return max(sizes)
+
+    assert largest(made.jaxpr) <= 2 * 2 * BLOCK * length < 2 * length * length
+
+
+def test_an_unknown_implementation_fails_loudly():
+    query, key = (jnp.asarray(array) for array in draw(1, 4, 2, 2, 16))
+    with pytest.raises(ValueError, match="no implementation 'mosaic'"):
+        attention_mass(
+            query, key, jnp.asarray([4]), jnp.ones((1, 4), bool), sm_scale=1.0, impl="mosaic"
+        )

@@ -1,21 +1,45 @@
-"""Which implementation of an operation runs. A named one that does not exist fails loudly."""
+"""Which implementation of an operation runs. A named one that cannot run fails loudly.
+
+"auto" is decided by each operation's ``automatic`` from the GPU that is there and the shape; the
+measurements behind the choices are in ``pallas_kernels/MEASURED.md``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-OPERATIONS = ("int4_matmul", "kv4_attention")
+AUTO = "auto"
 
 
-def choose(operation: str, available: Collection[str], impl: str) -> str:
-    """The implementation for ``impl``; "auto" is the XLA path until a kernel measures faster."""
-    if impl == "auto":
-        return "xla"
-    if impl not in available:
-        raise ValueError(f"{operation}: no implementation {impl!r}; available: {sorted(available)}")
+def resolve(
+    operation: str, impl: str, automatic: str, known: Collection[str], refusals: Mapping[str, str]
+) -> str:
+    """The implementation for ``impl``.
+
+    Args:
+      automatic: what "auto" means here. refusals: why a known implementation cannot run here.
+    """
+    if impl == AUTO:
+        return automatic
+    if impl not in known:
+        raise ValueError(f"{operation}: no implementation {impl!r}; available: {sorted(known)}")
+    if impl in refusals:
+        raise ValueError(f"{operation}: implementation {impl!r} cannot run: {refusals[impl]}")
     return impl
 
 
-def choices() -> dict[str, str]:
-    """What "auto" takes for each operation on this machine."""
-    return {operation: choose(operation, ("xla",), "auto") for operation in OPERATIONS}
+def choices() -> list[tuple[str, str, str]]:
+    """Operation, shape and what "auto" takes for it on this machine (shapes of LLaVA-1.5-7B)."""
+    from pallas_kernels.attention.api import automatic as attention
+    from pallas_kernels.int4_matmul.api import automatic as matmul
+    from pallas_kernels.kv4_attention.api import automatic as decode
+
+    rows = [
+        ("int4_matmul", f"{tokens} tokens, 22016 x 4096", matmul(tokens, 22016, 4096))
+        for tokens in (1, 8, 640)
+    ]
+    rows.append(("kv4_attention", "32 heads of 128", decode(128)))
+    for dtype in ("bfloat16", "float32"):
+        rows.append(("sequence_attention", f"heads of 128, {dtype}", attention(dtype, 128)))
+    rows.append(("attention_mass", "any", "xla"))
+    return rows

@@ -14,7 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.kv4_attention import BLOCK, decode_attention, dequantize, kv4_attention
+from pallas_kernels.accelerator import find_gpu, on_gpu
+from pallas_kernels.kv4_attention import (
+    BLOCK,
+    decode_attention,
+    dense_decode_attention,
+    dequantize,
+    kv4_attention,
+)
 from pallas_kernels.packing import pack_int4
 from quota_jax.quant.quantizers import quantize_kv
 
@@ -93,20 +100,37 @@ class CacheGroup:
                 sm_scale=sm_scale,
             )
 
-        def reader(arrays):
-            def block(start):
-                parts = []
-                for array in arrays:
-                    sizes = [1, *array.shape[1:3], BLOCK, *array.shape[4:]]
-                    begin = [layer, 0, 0, start, 0][: array.ndim]
-                    parts.append(jax.lax.dynamic_slice(array, begin, sizes)[0])
-                return decode(tuple(parts), self.bits)
+        def blockwise(key, value, query, lengths, layer):
+            def reader(arrays):
+                def block(start):
+                    parts = []
+                    for array in arrays:
+                        sizes = [1, *array.shape[1:3], BLOCK, *array.shape[4:]]
+                        begin = [layer, 0, 0, start, 0][: array.ndim]
+                        parts.append(jax.lax.dynamic_slice(array, begin, sizes)[0])
+                    return decode(tuple(parts), self.bits)
 
-            return block
+                return block
 
-        return decode_attention(
-            query, reader(self.key), reader(self.value), self.capacity, lengths, sm_scale=sm_scale
-        )
+            return decode_attention(
+                query, reader(key), reader(value), self.capacity, lengths, sm_scale=sm_scale
+            )
+
+        def at_once(key, value, query, lengths, layer):
+            keys, values = (
+                decode(
+                    tuple(jax.lax.dynamic_index_in_dim(a, layer, keepdims=False) for a in arrays),
+                    self.bits,
+                )
+                for arrays in (key, value)
+            )
+            dtype = self.key[0].dtype if self.bits == 16 else jnp.float32
+            return dense_decode_attention(
+                query, keys.astype(dtype), values.astype(dtype), lengths, sm_scale=sm_scale
+            )
+
+        arrays = self.key, self.value, query, lengths, jnp.asarray(layer, jnp.int32)
+        return on_gpu(at_once, blockwise)(*arrays) if find_gpu() else blockwise(*arrays)
 
 
 def encode(x: Float[Array, "*rows H"], bits: int, dtype) -> tuple[Array, ...]:

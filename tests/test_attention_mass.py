@@ -102,9 +102,9 @@ def test_padding_may_hold_anything():
 @settings(max_examples=15, deadline=None)
 @given(
     st.sampled_from([(4, 2, 16), (1, 1, 16), (3, 1, 40), (2, 2, 80)]),
-    st.integers(1, 150),
-    st.sampled_from([0, 1, 63, 64, 130, 200]),
-    st.integers(0, 3),
+    st.sampled_from([1, 64, 150]),
+    st.sampled_from([0, 1, 64, 130]),
+    st.integers(0, 2),
     st.integers(0, 99),
 )
 def test_neither_padding_nor_neighbours_change_a_bit(shape, length, padding, neighbours, seed):

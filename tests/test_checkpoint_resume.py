@@ -95,6 +95,11 @@ def test_sigkill_at_random_points_leaves_nothing_or_a_resumable_rest(tmp_path):
     for point in points:
         path = tmp_path / f"killed_{point}"
         killed = run_killed(path, point)
+        if killed.returncode == 0 and int(killed.stdout) < point:
+            # Orbax's threads make a few events more or less: this run ended before the point.
+            assert point > events - 12
+            assert_complete(path, arrays)
+            continue
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         partial = path.with_name(path.name + ".partial")
         if path.exists():  # killed after the rename: then it is whole

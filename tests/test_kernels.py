@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
-from pallas_kernels.dispatch import choices, choose
+import pallas_kernels.attention.api as attention_api
+import pallas_kernels.int4_matmul.api as matmul_api
+from pallas_kernels.accelerator import Gpu, find_gpu
+from pallas_kernels.attention import BLOCK, causal_attention
+from pallas_kernels.dispatch import choices
 from pallas_kernels.int4_matmul import int4_matmul
-from pallas_kernels.kv4_attention import BLOCK, causal_attention, dequantize, kv4_attention
+from pallas_kernels.kv4_attention import (
+    decode_attention,
+    dense_decode_attention,
+    dequantize,
+    kv4_attention,
+)
 from pallas_kernels.packing import pack_int4, unpack_int4, unpack_uint4
 from pallas_kernels.stable import fixed_order_sum
 from quota_jax.quant.quantizers import quantize_activation, quantize_kv, quantize_weight
@@ -139,7 +153,156 @@ def test_fixed_order_sum_sums():
     np.testing.assert_allclose(fixed_order_sum(jnp.asarray(x)), x.sum(-1), rtol=1e-5, atol=1e-5)
 
 
-def test_a_named_implementation_that_does_not_exist_fails_loudly():
-    with pytest.raises(ValueError, match="no implementation 'mosaic'"):
-        choose("int4_matmul", ("xla",), "mosaic")
-    assert choices() == {"int4_matmul": "xla", "kv4_attention": "xla"}
+@pytest.mark.parametrize(
+    ("impl", "words"),
+    [("magic", "no implementation 'magic'"), ("mosaic_gpu", "needs a Hopper GPU")],
+)
+def test_a_named_implementation_that_cannot_run_fails_loudly(monkeypatch, impl, words):
+    monkeypatch.setattr(matmul_api, "find_gpu", lambda: None)
+    x, x_scale = quantize_activation(jnp.asarray(random(2, 128)), 8)
+    codes, scale = quantize_weight(jnp.asarray(random(128, 128)), 4)
+    with pytest.raises(ValueError, match=words):
+        int4_matmul(x, x_scale, pack_int4(codes), scale, impl=impl)
+
+
+def test_auto_follows_the_gpu_and_the_shape(monkeypatch):
+    hopper, ada = (Gpu(capability=c, num_sms=132) for c in ((9, 0), (8, 9)))
+    expected = {
+        (None, 1): "xla",
+        (hopper, 1): "pallas_triton",
+        (hopper, 640): "mosaic_gpu",
+        (ada, 1): "pallas_triton",
+        (ada, 640): "xla",
+    }
+    for (gpu, rows), name in expected.items():
+        monkeypatch.setattr(matmul_api, "find_gpu", lambda gpu=gpu: gpu)
+        assert matmul_api.automatic(rows, 4096, 4096) == name
+    assert matmul_api.automatic(640, 4096, 3420) == "xla"
+    monkeypatch.setattr(attention_api, "find_gpu", lambda: hopper)
+    assert attention_api.automatic(jnp.bfloat16, 80) == "cudnn"
+    assert attention_api.automatic(jnp.float32, 80) == "xla"
+
+
+def test_on_the_cpu_every_operation_is_the_reference():
+    if find_gpu() is None:
+        assert {name for _, _, name in choices()} == {"xla"}
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 40)])
+def test_dense_decode_attention_equals_the_blockwise_one(heads, kv_heads, dim):
+    lengths = jnp.asarray([1, 64, 101])
+    k, v = (jnp.asarray(random(3, kv_heads, 2 * BLOCK, dim, seed=s)) for s in (1, 2))
+    q = jnp.asarray(random(3, heads, dim, seed=3))
+
+    def cut(array):
+        return lambda start: jax.lax.dynamic_slice_in_dim(array, start, BLOCK, 2)
+
+    one = decode_attention(q, cut(k), cut(v), 2 * BLOCK, lengths, sm_scale=0.3)
+    other = dense_decode_attention(q, k, v, lengths, sm_scale=0.3)
+    np.testing.assert_allclose(one, other, atol=2e-6)
+
+
+# Lowering for a GPU that is not there: catches unsupported operations, not what ptxas refuses.
+H100 = AbstractMesh(
+    (1,),
+    ("x",),
+    (AxisType.Explicit,),
+    abstract_device=AbstractDevice(
+        device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu"
+    ),
+)
+newer_jax = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the kernels are for jax 0.11 (Python 3.12)"
+)
+
+
+def lower(function, *shapes) -> str:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        with use_abstract_mesh(H100):
+            lowered = jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    return lowered.as_text()
+
+
+def matmul_shapes(rows, outputs, inputs):
+    spec = jax.ShapeDtypeStruct
+    return (
+        spec((rows, inputs), jnp.int8),
+        spec((rows,), jnp.float32),
+        spec((3, outputs, inputs // 2), jnp.uint8),
+        spec((3, outputs), jnp.float32),
+        spec((), jnp.int32),
+    )
+
+
+@newer_jax
+@pytest.mark.parametrize("rows", [1, 5, 16, 64, 100, 237, 640])
+@pytest.mark.parametrize("inputs", [1280, 11008])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_the_mosaic_matmul_lowers_for_every_number_of_tokens(rows, inputs, dtype):
+    from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic
+
+    kernel = functools.partial(int4_matmul_mosaic, out_dtype=jnp.dtype(dtype))
+    assert "mosaic_gpu" in lower(kernel, *matmul_shapes(rows, 384, inputs))
+
+
+@newer_jax
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 384, 4096), (4, 100, 3416)])
+def test_the_dot_product_matmul_lowers(rows, outputs, inputs):
+    from pallas_kernels.int4_matmul.pallas_triton import int4_matmul_dot
+
+    kernel = functools.partial(int4_matmul_dot, out_dtype=jnp.float32)
+    assert "triton" in lower(kernel, *matmul_shapes(rows, outputs, inputs))
+
+
+@newer_jax
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 128), (14, 2, 80)])
+def test_kv4_attention_lowers(heads, kv_heads, dim):
+    from pallas_kernels.kv4_attention.pallas_triton import kv4_attention_split
+
+    spec = jax.ShapeDtypeStruct
+    cache = (3, 2, kv_heads, 128)
+    packed, scale, zero = (
+        spec((*cache, dim // 2), jnp.uint8),
+        spec(cache, jnp.bfloat16),
+        spec(cache, jnp.uint8),
+    )
+    kernel = functools.partial(kv4_attention_split, sm_scale=0.1)
+    shapes = (spec((2, heads, dim), jnp.bfloat16), packed, packed, scale, scale, zero, zero)
+    assert "triton" in lower(kernel, *shapes, spec((2,), jnp.int32), spec((), jnp.int32))
+
+
+@newer_jax
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 4, 16), (6, 2, 40), (7, 1, 80)])
+def test_kv4_attention_in_the_interpreter_equals_the_reference(heads, kv_heads, dim):
+    from pallas_kernels.kv4_attention.pallas_triton import kv4_attention_split
+
+    stored = []
+    for seed in (1, 2):
+        values = jnp.asarray(random(2, 3, kv_heads, 3 * BLOCK, dim, seed=seed) * 2 + 0.3)
+        codes, scale, zero = quantize_kv(values, 4)
+        stored.append((pack_int4(codes), scale, zero))
+    (k, k_scale, k_zero), (v, v_scale, v_zero) = stored
+    q = jnp.asarray(random(3, heads, dim, seed=3))
+    lengths = jnp.asarray([1, 64, 150], jnp.int32)
+    arrays = (q, k, v, k_scale, v_scale, k_zero, v_zero, lengths)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+        found = kv4_attention_split(*arrays, jnp.int32(1), sm_scale=0.2, interpret=True)
+    expected = kv4_attention(*arrays, 1, sm_scale=0.2, impl="xla")
+    # Values around 15 steps of the scale cancel against the zero: some 1e-6 of them remains.
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+def test_the_dot_products_of_the_kernel_in_plain_numpy():
+    """The arithmetic of the inline PTX, which no interpreter runs: words, halves, bytes."""
+    rng = np.random.default_rng(0)
+    codes = rng.integers(-8, 8, (5, 64)).astype(np.int8)
+    x = rng.integers(-128, 128, 64).astype(np.int8)
+    words = np.asarray(pack_int4(jnp.asarray(codes))).view(np.int32)
+    low = ((words << 4) & np.int32(-252645136)).view(np.int8).reshape(5, -1, 4)
+    high = (words & np.int32(-252645136)).view(np.int8).reshape(5, -1, 4)
+    even, odd = x[0::2].reshape(-1, 4), x[1::2].reshape(-1, 4)
+    total = (low.astype(int) * even).sum((1, 2)) + (high.astype(int) * odd).sum((1, 2))
+    assert np.array_equal(total % 16, np.zeros(5))
+    np.testing.assert_array_equal(total >> 4, codes.astype(int) @ x.astype(int))

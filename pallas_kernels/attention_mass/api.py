@@ -5,7 +5,9 @@ from __future__ import annotations
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention_mass.reference import column_mass
-from pallas_kernels.dispatch import choose
+from pallas_kernels.dispatch import AUTO, resolve
+
+IMPLEMENTATIONS = ("xla",)
 
 
 def attention_mass(
@@ -15,7 +17,7 @@ def attention_mass(
     is_visual: Bool[Array, "B T"],
     *,
     sm_scale: float,
-    impl: str = "auto",
+    impl: str = AUTO,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """Attention that each token receives, summed over queries and averaged over heads (Eq. 6).
 
@@ -26,5 +28,5 @@ def attention_mass(
     queries: head ``n`` reads key head ``n // (N / K)``. float32 softmax, sums and output. Never
     holds a ``T x T`` matrix.
     """
-    choose("attention_mass", ("xla",), impl)
+    resolve("attention_mass", impl, "xla", IMPLEMENTATIONS, {})
     return column_mass(query, key, lengths, is_visual, sm_scale=sm_scale)

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.dispatch import choose
+from pallas_kernels.accelerator import find_gpu, on_gpu
+from pallas_kernels.dispatch import AUTO, resolve
 from pallas_kernels.int4_matmul.reference import int4_matmul_reference
 
-IMPLEMENTATIONS = {"xla": int4_matmul_reference}
+IMPLEMENTATIONS = ("mosaic_gpu", "pallas_triton", "xla")
+GEMV_ROWS = 4
+"""Up to so many tokens the dot-product kernel is faster than the tensor-core one."""
 
 
 def int4_matmul(
@@ -17,7 +23,8 @@ def int4_matmul(
     scale: Array,
     layer: Array | int | None = None,
     *,
-    impl: str = "auto",
+    out_dtype: Any = jnp.float32,
+    impl: str = AUTO,
 ) -> Float[Array, "M N"]:
     """``y = (x W^T) * x_scale * scale`` for int8-stored activations and packed int4 weights.
 
@@ -26,12 +33,59 @@ def int4_matmul(
       x_scale: float32 scale of each row of ``x``.
       packed: uint8 ``[N, K/2]``, or the whole stack ``[L, N, K/2]`` together with ``layer``.
       scale: float32 ``[N]`` or ``[L, N]``.
-      layer: index into the stack; taken inside the kernel so that no slice is copied where
-      avoidable.
+      layer: index into the stack; taken inside the kernels, which copy no slice.
+      out_dtype: of the result; the epilogue itself is float32.
       impl: "auto" or the name of an implementation; a named one that cannot run raises ValueError.
 
     Accumulates in int32 (exact), multiplies by ``x_scale`` then ``scale`` in float32.
     """
-    return IMPLEMENTATIONS[choose("int4_matmul", IMPLEMENTATIONS, impl)](
-        x, x_scale, packed, scale, layer
+    rows, inputs = x.shape
+    outputs = packed.shape[-2]
+    name = resolve(
+        "int4_matmul",
+        impl,
+        automatic(rows, outputs, inputs),
+        IMPLEMENTATIONS,
+        refusals(rows, outputs, inputs),
     )
+
+    def reference(*arrays):
+        return int4_matmul_reference(*arrays).astype(out_dtype)
+
+    if layer is None:
+        packed, scale, layer = packed[None], scale[None], 0
+    arrays = (x, x_scale, packed, scale, jnp.asarray(layer, jnp.int32))
+    if name == "xla":
+        return reference(*arrays)
+    if name == "mosaic_gpu":
+        from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic as kernel
+    else:
+        from pallas_kernels.int4_matmul.pallas_triton import int4_matmul_dot as kernel
+    if impl != AUTO:
+        return kernel(*arrays, out_dtype=out_dtype)
+    return on_gpu(lambda *a: kernel(*a, out_dtype=out_dtype), reference)(*arrays)
+
+
+def automatic(rows: int, outputs: int, inputs: int) -> str:
+    """The fastest implementation that can run here, for ``rows`` tokens."""
+    refused = refusals(rows, outputs, inputs)
+    order = ("pallas_triton", "mosaic_gpu") if rows <= GEMV_ROWS else ("mosaic_gpu",)
+    return next((name for name in order if name not in refused), "xla")
+
+
+def refusals(rows: int, outputs: int, inputs: int) -> dict[str, str]:
+    """Why an implementation cannot run here: the machine or the shape."""
+    gpu = find_gpu()
+    found = {}
+    if gpu is None or not gpu.is_hopper:
+        found["mosaic_gpu"] = "it needs a Hopper GPU (compute capability 9.0)"
+    elif outputs % 128 or inputs % 128:
+        found["mosaic_gpu"] = f"{outputs} x {inputs} weights: both must be multiples of 128"
+    if gpu is None:
+        found["pallas_triton"] = "it needs an NVIDIA GPU"
+    elif inputs % 8 or inputs >= 1 << 17:
+        # The sums are 16 times too large inside: 2^17 products of 8 x 128 would leave int32.
+        found["pallas_triton"] = f"{inputs} inputs: must be a multiple of 8 below 131072"
+    elif rows > 16:
+        found["pallas_triton"] = f"{rows} tokens: at most 16"
+    return found

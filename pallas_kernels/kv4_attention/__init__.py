@@ -1,11 +1,11 @@
-"""Attention, with keys and values dense or packed to 4 bits."""
+"""Decode attention, with keys and values dense or packed to 4 bits."""
 
+from pallas_kernels.attention.reference import BLOCK
 from pallas_kernels.kv4_attention.api import kv4_attention
 from pallas_kernels.kv4_attention.reference import (
-    BLOCK,
-    causal_attention,
     decode_attention,
+    dense_decode_attention,
     dequantize,
 )
 
-__all__ = ["BLOCK", "causal_attention", "decode_attention", "dequantize", "kv4_attention"]
+__all__ = ["BLOCK", "decode_attention", "dense_decode_attention", "dequantize", "kv4_attention"]

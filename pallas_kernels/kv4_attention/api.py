@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels.dispatch import choose
-from pallas_kernels.kv4_attention.reference import BLOCK, decode_attention, dequantize
+from pallas_kernels.accelerator import find_gpu, on_gpu
+from pallas_kernels.attention.reference import BLOCK
+from pallas_kernels.dispatch import AUTO, resolve
+from pallas_kernels.kv4_attention.reference import decode_attention, dequantize
+
+IMPLEMENTATIONS = ("pallas_triton", "xla")
 
 
 def kv4_attention(
@@ -21,7 +26,7 @@ def kv4_attention(
     layer: Array | int,
     *,
     sm_scale: float,
-    impl: str = "auto",
+    impl: str = AUTO,
 ) -> Float[Array, "B N H"]:
     """Attention of one query per sample over packed keys and values of one layer of the stack.
 
@@ -29,8 +34,44 @@ def kv4_attention(
     are ignored. Grouped queries: head ``n`` reads key head ``n // (N / K)``. float32 softmax and
     output.
     """
-    choose("kv4_attention", ("xla",), impl)
+    head_dim = query.shape[-1]
+    name = resolve("kv4_attention", impl, automatic(head_dim), IMPLEMENTATIONS, refusals(head_dim))
+    arrays = (
+        *(query, key, value, key_scale, value_scale, key_zero, value_zero),
+        lengths.astype(jnp.int32),
+        jnp.asarray(layer, jnp.int32),
+    )
 
+    def reference(*arrays):
+        return _reference(*arrays, sm_scale=sm_scale)
+
+    if name == "xla":
+        return reference(*arrays)
+    from pallas_kernels.kv4_attention.pallas_triton import kv4_attention_split
+
+    def kernel(*arrays):
+        return kv4_attention_split(*arrays, sm_scale=sm_scale)
+
+    return kernel(*arrays) if impl != AUTO else on_gpu(kernel, reference)(*arrays)
+
+
+def automatic(head_dim: int) -> str:
+    """The kernel wherever it can run."""
+    return "xla" if "pallas_triton" in refusals(head_dim) else "pallas_triton"
+
+
+def refusals(head_dim: int) -> dict[str, str]:
+    """Why the kernel cannot run here."""
+    if find_gpu() is None:
+        return {"pallas_triton": "it needs an NVIDIA GPU"}
+    if head_dim % 8:
+        return {"pallas_triton": f"heads of {head_dim}: a multiple of 8 is needed"}
+    return {}
+
+
+def _reference(
+    query, key, value, key_scale, value_scale, key_zero, value_zero, lengths, layer, *, sm_scale
+):
     def reader(packed, scale, zero):
         def block(start):
             def cut(array):

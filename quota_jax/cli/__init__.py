@@ -20,10 +20,12 @@ COMMANDS = {
     "convert": ("convert:Convert", "Hugging Face checkpoint -> quota_jax checkpoint"),
     "calibrate": ("calibrate:Calibrate", "full-precision checkpoint -> quantized checkpoint"),
     "recipe": ("recipe:ShowRecipe", "show or store which visual tokens are dropped where"),
+    "flops": ("flops:ShowFlops", "what a prefill costs, layer by layer, under any recipe"),
     "generate": ("generate:Generate", "answer one prompt about one or more pictures"),
     "chat": ("chat:Chat", "a conversation about pictures, line by line"),
     "inspect": ("inspect:Inspect", "configuration, parameters and bytes of a checkpoint"),
     "verify": ("verify:Verify", "check a checkpoint's files, and compare it with its source"),
+    "bench": ("bench:Bench", "speed and memory at a model's real shape, with random weights"),
     "export": ("convert:Export", "quota_jax checkpoint -> Hugging Face checkpoint"),
 }
 

@@ -42,9 +42,9 @@ class Inspect:
             from pallas_kernels.dispatch import choices
 
             device = jax.devices()[0]
-            rows = sorted(choices().items())
+            rows = choices()
             print(f"kernels on {device.platform} ({device.device_kind}), jax {jax.__version__}")
-            print(table(("operation", "implementation"), rows, left=2))
+            print(table(("operation", "shape", "implementation"), rows, left=3))
         return 0
 
 

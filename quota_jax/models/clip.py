@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.kv4_attention import causal_attention
+from pallas_kernels.attention import sequence_attention
 from quota_jax.config import VisionConfig
 from quota_jax.models.build import attention, linear, mlp, norm, tree
 from quota_jax.nn.linear import matmul
@@ -55,7 +55,7 @@ class VisionTower(nnx.Module):
         layers = self.layers
         q, k, v = layers.attn.project(layers.norm1(x, index), index)
         lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
-        heads, _ = causal_attention(
+        heads = sequence_attention(
             q, k, v, lengths, sm_scale=self.config.head_dim**-0.5, causal=False
         )
         x = x + layers.attn.output(heads.astype(x.dtype), index)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.kv4_attention import causal_attention
+from pallas_kernels.attention import causal_attention, sequence_attention
 from quota_jax.config import TextConfig
 from quota_jax.kv_cache import CacheGroup, decode, encode, grow, round_up, with_room
 from quota_jax.models.build import attention, linear, mlp, module_bits, norm, tree
@@ -22,6 +22,7 @@ from quota_jax.nn.linear import matmul
 from quota_jax.nn.rope import rotary_angles, rotate, token_positions
 from quota_jax.prune.scores import score
 from quota_jax.prune.select import Sequence, budget, gather, select
+from quota_jax.quant.straight_through import pass_through
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe, Stage
 
@@ -78,7 +79,7 @@ class Decoder(nnx.Module):
                 x, sequence, _ = self._prune(x, sequence, stage, recipe, None)
                 continue
             layer = jnp.int32(stage.layer)
-            x, stored, weights = self._attend(x, sequence, layer)
+            x, stored, weights = self._attend(x, sequence, layer, scored=True)
             stored = jax.tree.map(lambda array: array[None], stored)
             before = sequence
             x, sequence, order = self._prune(x, sequence, stage, recipe, weights)
@@ -97,26 +98,35 @@ class Decoder(nnx.Module):
             return x, start
 
         def layer(x, index):
-            x, stored, _ = self._attend(x, sequence, index)
-            return self._feed_forward(x, index), stored
+            return self.layer(x, sequence, index)
 
         x, stored = jax.lax.scan(layer, x, jnp.arange(start, stop, dtype=jnp.int32))
         caches.append(LayerCache(stored, sequence))
         return x, stop
 
-    def _attend(self, x, sequence: Sequence, layer: Array):
-        """Attention sublayer. Reads keys and values back from what the cache stores."""
+    def layer(self, x: Float[Array, "B S D"], sequence: Sequence, index: Array):
+        """One layer on all its tokens: the new states, and what its cache stores."""
+        x, stored, _ = self._attend(x, sequence, index)
+        return self._feed_forward(x, index), stored
+
+    def _attend(self, x, sequence: Sequence, layer: Array, *, scored: bool = False):
+        """Attention sublayer. Reads keys and values back from what the cache stores.
+
+        The probabilities that scores are made of are returned where ``scored``, else None.
+        """
         cos, sin = rotary_angles(self.config, sequence.positions)
         q, k, v = self.layers.attn.project(self.layers.norm1(x, layer), layer)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         stored = (encode(k, self.kv_bits, x.dtype), encode(v, self.kv_bits, x.dtype))
-        heads, weights = causal_attention(
-            q,
-            decode(stored[0], self.kv_bits),
-            decode(stored[1], self.kv_bits),
-            sequence.lengths,
-            sm_scale=self.config.head_dim**-0.5,
+        keys, values = (
+            pass_through(x, decode(part, self.kv_bits))
+            for x, part in zip((k, v), stored, strict=True)
         )
+        arrays, scale = (q, keys, values, sequence.lengths), self.config.head_dim**-0.5
+        if scored:
+            heads, weights = causal_attention(*arrays, sm_scale=scale)
+        else:
+            heads, weights = sequence_attention(*arrays, sm_scale=scale), None
         return x + self.layers.attn.output(heads.astype(x.dtype), layer), stored, weights
 
     def _feed_forward(self, x, layer: Array):

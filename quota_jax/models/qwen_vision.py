@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.kv4_attention import causal_attention
+from pallas_kernels.attention import sequence_attention
 from quota_jax.batch import Patches
 from quota_jax.config import QwenVisionConfig
 from quota_jax.models.build import attention, linear, mlp, norm, tree
@@ -52,7 +52,7 @@ class QwenVisionTower(nnx.Module):
         q, k = rotate(q, *angles), rotate(k, *angles)
         scale = self.config.head_dim**-0.5
         if full:
-            heads, _ = causal_attention(q, k, v, patches.lengths, sm_scale=scale, causal=False)
+            heads = sequence_attention(q, k, v, patches.lengths, sm_scale=scale, causal=False)
         else:
             heads = self._window_attention(q, k, v, patches, scale)
         x = x + layers.attn.output(heads.astype(x.dtype), index)
@@ -69,7 +69,7 @@ class QwenVisionTower(nnx.Module):
             array = jnp.take_along_axis(array, places, axis=1)
             return array.reshape(-1, width, heads, dim)
 
-        out, _ = causal_attention(
+        out = sequence_attention(
             cut(q),
             cut(k),
             cut(v),

@@ -1,0 +1,230 @@
+"""Measures the GPU kernels at the shapes of 7B models, beside XLA and the device's copy bandwidth.
+
+    python examples/measure_kernels.py --out pallas_kernels/measured      # one NVIDIA GPU
+
+Times are sums of kernel times (CUPTI), medians, warm, on random data; weights rotate over twelve
+layers so that the L2 cache holds none of them. Every kernel is checked against the reference in the
+same run. Writes a table (Markdown) and the numbers (JSON).
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.attention import sequence_attention
+from pallas_kernels.int4_matmul import int4_matmul
+from pallas_kernels.int4_matmul.api import automatic, refusals
+from pallas_kernels.kv4_attention import kv4_attention
+
+LAYERS = 12
+WEIGHTS = {
+    "qkv 7B": (12288, 4096),
+    "o 7B": (4096, 4096),
+    "gate_up 7B": (22016, 4096),
+    "down 7B": (4096, 11008),
+    "one of gate_up": (11008, 4096),
+}
+
+
+def kernel_us(function: Callable[..., Any], *arguments: Any, iterations: int = 3) -> float:
+    """Median microseconds of GPU kernels in one call."""
+    from jax.experimental.mosaic.gpu import profiler
+
+    jax.block_until_ready(function(*arguments))
+    cupti = profiler.Cupti(finalize=False)
+    runs: Any = cupti.measure(function, iterations=iterations)(*arguments)[1]
+    totals = [sum(ms for _, ms in run) if isinstance(run, list | tuple) else run for run in runs]
+    return 1e3 * statistics.median(totals)
+
+
+def copy_gbs() -> float:
+    """Bytes read and written by a device copy, GB/s."""
+    x = jax.random.bits(jax.random.key(0), (2**28,), jnp.uint32)
+    us = kernel_us(jax.jit(lambda x: x ^ jnp.uint32(1)), x)
+    return 2 * x.nbytes / us / 1e3
+
+
+def over_layers(call: Callable[..., Any]) -> Callable[..., Any]:
+    """All layers in one program, one after the other; only the last result is kept."""
+
+    def run(*arguments):
+        def step(carry, layer):
+            return call(*arguments, layer), None
+
+        start: Any = jax.eval_shape(call, *arguments, jnp.int32(0))
+        zero = jnp.zeros(start.shape, start.dtype)
+        return jax.lax.scan(step, zero, jnp.arange(LAYERS, dtype=jnp.int32))[0]
+
+    return jax.jit(run)
+
+
+def measure_matmul(rows: int, outputs: int, inputs: int, rng) -> dict[str, Any]:
+    packed = jax.random.bits(jax.random.key(1), (LAYERS, outputs, inputs // 2), jnp.uint8)
+    scale = jax.random.uniform(jax.random.key(2), (LAYERS, outputs)) + 0.1
+    x = jnp.asarray(rng.integers(-127, 128, (rows, inputs)), jnp.int8)
+    x_scale = jax.random.uniform(jax.random.key(3), (rows,)) + 0.1
+    found: dict[str, Any] = {"rows": rows, "outputs": outputs, "inputs": inputs}
+    expected = int4_matmul(x, x_scale, packed, scale, 3, impl="xla")
+    for impl in ("mosaic_gpu", "pallas_triton"):
+        if impl in refusals(rows, outputs, inputs) or (impl == "pallas_triton" and rows > 8):
+            continue
+        call = functools.partial(int4_matmul, out_dtype=jnp.bfloat16, impl=impl)
+        error = jnp.abs(int4_matmul(x, x_scale, packed, scale, 3, impl=impl) - expected).max()
+        assert float(error) <= 3e-7 * float(jnp.abs(expected).max()), (impl, rows, float(error))
+        found[impl] = kernel_us(over_layers(call), x, x_scale, packed, scale) / LAYERS
+    # Separate arrays: a scan would copy each slice of the weights. Three of them exceed the cache.
+    dense = [
+        jax.random.normal(jax.random.key(4 + i), (outputs, inputs), jnp.bfloat16) for i in range(3)
+    ]
+
+    @jax.jit
+    def bf16(x, weights):
+        return [jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))) for w in weights]
+
+    found["xla_bf16"] = kernel_us(bf16, x.astype(jnp.bfloat16), dense) / len(dense)
+    found["auto"] = automatic(rows, outputs, inputs)
+    best = found[found["auto"]]
+    found["tops"] = 2 * rows * outputs * inputs / best / 1e6
+    found["weight_gbs"] = outputs * inputs / 2 / best / 1e3
+    return found
+
+
+def measure_kv4(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
+    shape = (LAYERS, batch, kv_heads, tokens)
+    key = jax.random.key(5)
+    k, v = (
+        jax.random.bits(jax.random.fold_in(key, i), (*shape, dim // 2), jnp.uint8) for i in (0, 1)
+    )
+    scale = (jax.random.uniform(key, shape) + 0.1).astype(jnp.bfloat16)
+    zero = jax.random.bits(key, shape, jnp.uint8) & 15
+    q = jax.random.normal(key, (batch, heads, dim), jnp.bfloat16)
+    lengths = jnp.full((batch,), tokens, jnp.int32)
+    arguments = (q, k, v, scale, scale, zero, zero, lengths)
+
+    def call(q, k, v, ks, vs, kz, vz, lengths, layer, impl="pallas_triton"):
+        return kv4_attention(q, k, v, ks, vs, kz, vz, lengths, layer, sm_scale=dim**-0.5, impl=impl)
+
+    found, expected = (call(*arguments, 3, impl=impl) for impl in ("pallas_triton", "xla"))
+    assert float(jnp.abs(found - expected).max()) < 1e-3
+    us = kernel_us(over_layers(call), *arguments) / LAYERS
+    dense = jax.random.normal(key, (2, batch, tokens, kv_heads, dim), jnp.bfloat16)
+
+    def library(q, kv, lengths):
+        return jax.nn.dot_product_attention(
+            q[:, None],
+            kv[0],
+            kv[1],
+            key_value_seq_lengths=lengths,
+            implementation="cudnn",
+            query_seq_lengths=jnp.ones_like(lengths),
+        )
+
+    bf16 = kernel_us(jax.jit(library), q, dense, lengths)
+    stored = 2 * batch * kv_heads * tokens * (dim // 2 + 3)
+    return {
+        **{"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "dim": dim},
+        **{"kv4": us, "cudnn_bf16": bf16, "kv4_gbs": stored / us / 1e3},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.md")
+    parser.add_argument("--seconds", type=float, default=1e9, help="stop starting shapes after")
+    options = parser.parse_args()
+    warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+    started = time.perf_counter()
+    rng = np.random.default_rng(0)
+    copy = copy_gbs()
+    device = jax.devices()[0].device_kind
+    lines = [f"{device}, jax {jax.__version__}, device copy {copy:.0f} GB/s (read + written)", ""]
+    lines += [
+        "| tokens | weights | kernel | us | TOPS | of copy | bf16 us | speed-up | others us |"
+    ]
+    lines += ["|---" * 9 + "|"]
+    report: dict[str, Any] = {"device": device, "jax": jax.__version__, "copy_gbs": copy}
+    report["matmul"], report["kv4_attention"], report["attention"] = [], [], []
+    print("\n".join(lines), flush=True)
+
+    def show(line: str) -> None:
+        lines.append(line)
+        print(line, flush=True)
+
+    shapes = [
+        (rows, name)
+        for names, sizes in (
+            (["one of gate_up"], (640, 2560, 1, 8, 1896, 577, 237, 32)),
+            (["down 7B"], (640, 1, 8)),
+            (["qkv 7B", "o 7B", "gate_up 7B"], (1, 640)),
+            (["one of gate_up", "down 7B"], (2, 4, 16, 64)),
+        )
+        for rows in sizes
+        for name in names
+    ]
+    for rows, name in shapes:
+        if time.perf_counter() - started > options.seconds:
+            break
+        outputs, inputs = WEIGHTS[name]
+        row = measure_matmul(rows, outputs, inputs, rng)
+        report["matmul"].append(row)
+        best, bf16 = row[row["auto"]], row.get("xla_bf16", float("nan"))
+        others = ", ".join(
+            f"{impl} {row[impl]:.1f}"
+            for impl in ("mosaic_gpu", "pallas_triton")
+            if impl in row and impl != row["auto"]
+        )
+        show(
+            f"| {rows} | {name} {outputs} x {inputs} | {row['auto']} | {best:.1f} | "
+            f"{row['tops']:.0f} | {100 * row['weight_gbs'] / copy:.0f} % | {bf16:.1f} | "
+            f"{bf16 / best:.2f} | {others} |"
+        )
+    show("")
+    show("| batch | tokens | heads | KV4 us | of copy | bf16 cuDNN us | speed-up |")
+    show("|---" * 7 + "|")
+    for batch, tokens, heads, kv_heads in (
+        (1, 768, 32, 32), (8, 768, 32, 32), (32, 768, 32, 32), (8, 2048, 32, 32), (1, 1408, 28, 4),
+        (8, 1408, 28, 4),
+    ):  # fmt: skip
+        if time.perf_counter() - started > options.seconds + 60:
+            break
+        row = measure_kv4(batch, tokens, heads, kv_heads, 128)
+        report["kv4_attention"].append(row)
+        show(
+            f"| {batch} | {tokens} | {heads} / {kv_heads} | {row['kv4']:.1f} | "
+            f"{100 * row['kv4_gbs'] / copy:.0f} % | {row['cudnn_bf16']:.1f} | "
+            f"{row['cudnn_bf16'] / row['kv4']:.2f} |"
+        )
+    show("")
+    for batch, tokens, heads, kv_heads, causal in ((1, 640, 32, 32, True), (8, 640, 32, 32, True)):
+        q = jax.random.normal(jax.random.key(6), (batch, tokens, heads, 128), jnp.bfloat16)
+        k = jax.random.normal(jax.random.key(7), (batch, tokens, kv_heads, 128), jnp.bfloat16)
+        lengths = jnp.full((batch,), tokens, jnp.int32)
+        call = jax.jit(functools.partial(sequence_attention, sm_scale=0.09, causal=causal))
+        us = kernel_us(call, q, k, k, lengths)
+        report["attention"].append({"batch": batch, "tokens": tokens, "us": us})
+        show(f"attention, batch {batch}, {tokens} tokens, {heads} heads of 128: {us:.1f} us")
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
+        (options.out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")
+        text = "# Kernels, measured\n\n" + "\n".join(lines) + "\n\n"
+        text += "Made by `python examples/measure_kernels.py --out pallas_kernels/measured`.\n"
+        (options.out / "kernels.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()

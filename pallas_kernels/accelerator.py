@@ -1,0 +1,42 @@
+"""Which GPU is there, and running a kernel only where its platform is."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Gpu:
+    """Compute capability, as (9, 0), and multiprocessors of the first NVIDIA GPU."""
+
+    capability: tuple[int, int]
+    num_sms: int
+
+    @property
+    def is_hopper(self) -> bool:
+        """Warpgroup matrix instructions (wgmma) exist on this capability alone."""
+        return self.capability == (9, 0)
+
+
+@functools.cache
+def find_gpu() -> Gpu | None:
+    """The GPU that jax sees; None without one."""
+    try:
+        device = jax.devices("cuda")[0]
+    except RuntimeError:
+        return None
+    major, _, minor = str(device.compute_capability).partition(".")
+    return Gpu(capability=(int(major), int(minor or 0)), num_sms=int(device.core_count or 1))
+
+
+def on_gpu(kernel: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
+    """``kernel`` where the program is compiled for NVIDIA, ``elsewhere`` on other platforms.
+
+    Chosen when a program is lowered: a process with a GPU may still run a program on its CPU.
+    """
+    return lambda *arrays: jax.lax.platform_dependent(*arrays, cuda=kernel, default=elsewhere)

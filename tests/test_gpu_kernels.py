@@ -1,0 +1,105 @@
+"""Kernels on the GPU against the jnp references, on fresh random inputs (`make test-gpu`)."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.accelerator import find_gpu
+from pallas_kernels.attention import causal_attention, sequence_attention
+from pallas_kernels.int4_matmul import int4_matmul
+from pallas_kernels.int4_matmul.api import refusals
+from pallas_kernels.kv4_attention import kv4_attention
+from pallas_kernels.packing import pack_int4
+from quota_jax.quant.quantizers import quantize_kv
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning"),
+]
+SEED = int.from_bytes(os.urandom(6), "little")
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """Fresh numbers every run; the seed is printed when a test fails."""
+    print("seed", SEED)
+    return np.random.default_rng([SEED, abs(hash(request.node.name)) % 2**31])
+
+
+@pytest.mark.parametrize("impl", ["mosaic_gpu", "pallas_triton"])
+@pytest.mark.parametrize("rows", [1, 3, 8, 33, 237, 577])
+@pytest.mark.parametrize(("outputs", "inputs"), [(384, 1280), (4096, 11008)])
+def test_int4_matmul_is_exact(rng, impl, rows, outputs, inputs):
+    if impl in refusals(rows, outputs, inputs):
+        pytest.skip(refusals(rows, outputs, inputs)[impl])
+    codes = rng.integers(-8, 8, (3, outputs, inputs)).astype(np.int8)
+    x = jnp.asarray(rng.integers(-128, 128, (rows, inputs)).astype(np.int8))
+    x_scale = jnp.asarray(rng.random(rows, np.float32) + 0.1)
+    scale = jnp.asarray(rng.random((3, outputs), np.float32) + 0.1)
+    packed = pack_int4(jnp.asarray(codes))
+    for layer in (0, 2):
+        arguments = (x, x_scale, packed, scale, layer)
+        # Unscaled, so that every integer is seen; then with its scales.
+        plain = (x, jnp.ones_like(x_scale), packed, jnp.ones_like(scale), layer)
+        exact = np.asarray(x, np.int64) @ codes[layer].astype(np.int64).T
+        np.testing.assert_array_equal(int4_matmul(*plain, impl=impl), exact.astype(np.float32))
+        found = int4_matmul(*arguments, impl=impl)
+        np.testing.assert_allclose(found, int4_matmul(*arguments, impl="xla"), rtol=3e-7)
+        short = int4_matmul(*arguments, impl=impl, out_dtype=jnp.bfloat16)
+        np.testing.assert_array_equal(short, found.astype(jnp.bfloat16))
+
+
+@pytest.mark.parametrize("heads", [(32, 32, 128), (28, 4, 128), (6, 2, 40), (4, 4, 80)])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_kv4_attention_equals_the_reference(rng, heads, batch):
+    num_heads, kv_heads, dim = heads
+    shape = (2, batch, kv_heads, 320, dim)
+    stored = []
+    for _ in range(2):
+        codes, scale, zero = quantize_kv(
+            jnp.asarray(rng.standard_normal(shape, np.float32) * 3 + 0.5), 4
+        )
+        stored.append((pack_int4(codes), scale, zero))
+    (k, k_scale, k_zero), (v, v_scale, v_zero) = stored
+    q = jnp.asarray(rng.standard_normal((batch, num_heads, dim), np.float32))
+    lengths = jnp.asarray(rng.integers(1, 321, batch), jnp.int32)
+    arguments = (q, k, v, k_scale, v_scale, k_zero, v_zero, lengths, 1)
+    found, expected = (
+        kv4_attention(*arguments, sm_scale=dim**-0.5, impl=impl)
+        for impl in ("pallas_triton", "xla")
+    )
+    np.testing.assert_allclose(found, expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("heads", [(4, 4, 64), (6, 2, 128), (2, 2, 80)])
+def test_library_attention_equals_the_reference(rng, causal, heads):
+    num_heads, kv_heads, dim = heads
+    q, k, v = (
+        jnp.asarray(rng.standard_normal((3, 577, n, dim), np.float32), jnp.bfloat16)
+        for n in (num_heads, kv_heads, kv_heads)
+    )
+    lengths = jnp.asarray([577, 100, 1], jnp.int32)
+    options = {"sm_scale": dim**-0.5, "causal": causal}
+    found = np.asarray(sequence_attention(q, k, v, lengths, **options, impl="cudnn"), np.float32)
+    expected, _ = causal_attention(q, k, v, lengths, **options)
+    for row, length in enumerate(np.asarray(lengths)):
+        np.testing.assert_allclose(found[row, :length], expected[row, :length], atol=0.03)
+
+
+def test_this_machine_takes_the_kernels():
+    gpu = find_gpu()
+    assert gpu is not None
+    if not gpu.is_hopper:
+        pytest.skip(f"compute capability {gpu.capability}: tensor-core kernels are for 9.0")
+    assert refusals(1, 4096, 4096) == {}
+    x = jnp.ones((640, 4096), jnp.int8)
+    text = jax.jit(int4_matmul).lower(
+        x, jnp.ones(640), jnp.ones((4096, 2048), jnp.uint8), jnp.ones(4096)
+    )
+    assert "mosaic_gpu" in text.as_text()

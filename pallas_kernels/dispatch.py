@@ -1,7 +1,7 @@
 """Which implementation of an operation runs. A named one that cannot run fails loudly.
 
 "auto" is decided by each operation's ``automatic`` from the GPU that is there and the shape; the
-measurements behind the choices are in ``pallas_kernels/MEASURED.md``.
+measurements behind the choices are in ``pallas_kernels/measured/kernels.md``.
 """
 
 from __future__ import annotations

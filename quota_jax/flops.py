@@ -107,13 +107,15 @@ def executed_flops(
     full.
     """
     text = config.text
+    counts = _tokens(text, recipe, visual_tokens, text_tokens)
+    scores = _score_flops(text, recipe, counts, visual_tokens + text_tokens)
     layers = tuple(
         LayerFlops(
             attention_tokens=incoming,
             mlp_tokens=left,
-            flops=attention_flops(text, incoming) + mlp_flops(text, left),
+            flops=attention_flops(text, incoming) + mlp_flops(text, left) + scores[layer],
         )
-        for incoming, left in _tokens(text, recipe, visual_tokens, text_tokens)
+        for layer, (incoming, left) in enumerate(counts)
     )
     if isinstance(config, QwenVlConfig):
         vision, projector = _qwen_vision(config, visual_tokens, grids)
@@ -127,6 +129,25 @@ def executed_flops(
         projector=projector,
         head=text.hidden_size * text.vocab_size,
     )
+
+
+def _score_flops(
+    text: TextConfig, recipe: Recipe, counts: Sequence[tuple[int, int]], length: int
+) -> list[int]:
+    """Matrix products that scoring adds to each layer: query-key products once more for attention
+    mass, the layer's projections on all incoming tokens for PyramidDrop, cosines for DivPrune."""
+    queries, keys = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
+    added = [0] * text.num_layers
+    for stage in recipe.stages:
+        name, layer = stage.selector.name, stage.layer
+        if name in ("quota", "text_attention"):
+            added[layer] += queries * counts[layer][0] ** 2
+        elif name == "pyramid_drop":
+            incoming = counts[layer - 1][1] if layer else length
+            added[layer] += incoming * text.hidden_size * (queries + keys)
+        elif name == "div_prune":
+            added[layer] += text.hidden_size * length**2
+    return added
 
 
 def _tokens(

@@ -15,29 +15,55 @@ from typing import Any
 
 from quota_jax.config import build
 from quota_jax.errors import QuotaError
+from quota_jax.prune.weights import QuotaWeights
 
 POINTS = ("input", "before_attention", "after_attention")
 POSITIONS = ("keep", "renumber")
 # Which points a selector can stand at: attention scores exist only after a layer's attention.
 SELECTORS: dict[str, tuple[str, ...]] = {
+    "quota": ("after_attention",),
     "text_attention": ("after_attention",),
+    "fastv": ("after_attention",),
+    "pyramid_drop": ("before_attention",),
+    "div_prune": ("input",),
     "random": POINTS,
     "stride": POINTS,
 }
 GUARD = 1e-9
+PAPER_WEIGHTS = QuotaWeights()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Selector:
-    """Names a scoring rule: ``text_attention``, ``random`` or ``stride``; ``seed`` is for
-    ``random``."""
+    """Names a scoring rule, with its parameters.
+
+    ``quota``: the weighted score of Eq. 8; ``weights``, ``redistribute`` (the weight of a metric
+    that is not there, such as the residual of unquantized inputs, goes to the others) and
+    ``causal_intra`` are its own. ``text_attention``: its first metric alone. ``fastv``,
+    ``pyramid_drop`` (attention of the prompt's last token), ``div_prune`` (diversity, at the
+    decoder's input): peers. ``random`` (by ``seed``) and ``stride``: controls. VTW is ``stride``
+    with keep 0.
+    """
 
     name: str = "text_attention"
     seed: int = 0
+    weights: QuotaWeights = PAPER_WEIGHTS
+    redistribute: bool = False
+    causal_intra: bool = False
 
     def __post_init__(self):
         if self.name not in SELECTORS:
             raise QuotaError(f"unknown selector {self.name!r}; known: {sorted(SELECTORS)}")
+        if isinstance(self.weights, Mapping):
+            # frozen: the JSON form becomes the class on its way in
+            weights = build(QuotaWeights, self.weights, "weights of the score")
+            object.__setattr__(self, "weights", weights)
+        changed = self.weights != PAPER_WEIGHTS or self.redistribute or self.causal_intra
+        if changed and self.name != "quota":
+            raise QuotaError(
+                "weights, redistribute and causal_intra belong to the selector 'quota', not to "
+                f"{self.name!r}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,23 +144,25 @@ class Recipe:
         num_layers: int,
         layers: Sequence[int],
         keep: float,
-        selector: str = "text_attention",
-        point: str = "after_attention",
+        selector: str | Selector = "text_attention",
+        point: str | None = None,
         positions: str = "keep",
         trim_own_cache: bool = True,
         seed: int = 0,
     ) -> Recipe:
         """Equal drops at each candidate layer; the last one ends exactly at ``keep`` (Eq. 4, equal
-        pi)."""
+        pi). ``point`` None takes the selector's own."""
         if not layers:
             raise QuotaError("a uniform recipe needs at least one layer")
+        if isinstance(selector, str):
+            selector = Selector(name=selector, seed=seed)
         ordered = sorted(layers)
         stages = tuple(
             Stage(
                 layer=layer,
                 keep=keep if i == len(ordered) else max(keep, 1 - (1 - keep) * i / len(ordered)),
-                point=point,
-                selector=Selector(name=selector, seed=seed),
+                point=point or SELECTORS[selector.name][-1],
+                selector=selector,
                 trim_own_cache=trim_own_cache,
             )
             for i, layer in enumerate(ordered, start=1)

@@ -51,10 +51,15 @@ print(count)
 """
 
 
+# A process that is killed must not share the compilation cache: half an entry would stay.
+ENVIRONMENT = {**os.environ, "JAX_ENABLE_COMPILATION_CACHE": "0"}
+
+
 def run_killed(path: Path, limit: int) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", KILLED, str(path), str(limit)],
         cwd=ROOT,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=120,
@@ -124,7 +129,10 @@ def test_sigkill_at_a_random_time(tmp_path):
         path = tmp_path / f"killed_{trial}"
         partial = path.with_name(path.name + ".partial")
         process = subprocess.Popen(
-            [sys.executable, "-c", KILLED, str(path), "0"], cwd=ROOT, stdout=subprocess.DEVNULL
+            [sys.executable, "-c", KILLED, str(path), "0"],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=subprocess.DEVNULL,
         )
         state = partial / "state"
         while not state.exists() and process.poll() is None and not path.exists():

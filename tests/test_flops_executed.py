@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import pallas_kernels.attention.reference as attention_reference
+import pallas_kernels.attention_mass.reference as mass_reference
 from quota_jax.batch import Batch, Patches
 from quota_jax.config import (
     LlavaConfig,
@@ -144,6 +145,7 @@ def test_executed_flops_equal_the_matrix_products_of_the_program(monkeypatch, pr
     config, batch, grids = program()
     # Attention pads to whole blocks; blocks of one token leave the real products.
     monkeypatch.setattr(attention_reference, "BLOCK", 1)
+    monkeypatch.setattr(mass_reference, "BLOCK", 1)
     model = build_model(config, None, init_params(config, jax.random.key(0)))
     traced_prefill: Any = _prefill
     made = jax.make_jaxpr(

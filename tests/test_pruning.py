@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,9 +14,12 @@ from quota_jax.batch import Batch
 from quota_jax.config import LlavaConfig, TextConfig, VisionConfig
 from quota_jax.errors import QuotaError
 from quota_jax.generation import begin, decode_chunk
-from quota_jax.models.params import build_model, init_params
+from quota_jax.models.params import build_model, flatten_params, init_params
+from quota_jax.models.vision_language import sequence_of
 from quota_jax.nn.rope import rotary_angles, rotate
-from quota_jax.prune.scores import text_to_visual
+from quota_jax.prune.weights import QuotaWeights
+from quota_jax.quant.calibrate import quantize_params
+from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe, Selector, Stage, kept
 from quota_jax.sampling import Sampling, sample
 
@@ -106,7 +110,20 @@ def slow_forward(model, x, alive):
 
 
 RECIPES = {
-    "quota": Recipe.uniform(num_layers=LAYERS, layers=[1, 2], keep=0.3),
+    "text_attention": Recipe.uniform(num_layers=LAYERS, layers=[1, 2], keep=0.3),
+    "quota": Recipe.uniform(
+        num_layers=LAYERS,
+        layers=[1, 2],
+        keep=0.3,
+        selector=Selector(name="quota", redistribute=True, causal_intra=True),
+    ),
+    "fastv": Recipe.uniform(
+        num_layers=LAYERS, layers=[1], keep=0.5, selector="fastv", trim_own_cache=False
+    ),
+    "pyramid_drop": Recipe.uniform(
+        num_layers=LAYERS, layers=[1, 3], keep=0.25, selector="pyramid_drop"
+    ),
+    "div_prune": Recipe.uniform(num_layers=LAYERS, layers=[0], keep=0.4, selector="div_prune"),
     "renumber": Recipe.uniform(
         num_layers=LAYERS, layers=[0, 2], keep=0.2, selector="random", positions="renumber"
     ),
@@ -208,15 +225,84 @@ def test_stride_keeps_evenly_and_random_is_nested_and_seeded(model):
     assert (half != survivors(Selector(name="random", seed=2), 0.5)).any()
 
 
-def test_text_to_visual_is_the_mean_over_later_text_queries():
-    rng = np.random.default_rng(0)
-    weights = rng.random((1, 2, 5, 5)).astype(np.float32)
-    is_text = np.array([[True, False, False, True, True]])
-    got = np.asarray(text_to_visual(jnp.asarray(weights), jnp.asarray(is_text)))[0]
-    for i in range(5):
-        later = [j for j in (0, 3, 4) if j > i]
-        expected = weights[0][:, later, i].mean() if later else 0.0
-        np.testing.assert_allclose(got[i], expected, rtol=1e-6)
+def by_hand(scores: np.ndarray, visual: np.ndarray, count: int) -> set[int]:
+    """Places of the best visual tokens; ties to the lowest."""
+    places = np.flatnonzero(visual)
+    order = sorted(places, key=lambda place: (-scores[place], place))
+    return set(order[:count])
+
+
+def quota_by_hand(parts, visual, text, head_dim) -> np.ndarray:
+    """Eq. 6-8 in float64 from a layer's input, queries, deployed keys and qkv input."""
+    x, q, keys, normed, bits = parts
+    n, group = len(x), q.shape[1] // keys.shape[1]
+    keys = np.repeat(keys, group, 1)
+    logits = np.einsum("tnh,snh->nts", q, keys) * head_dim**-0.5
+    logits = np.where(np.tril(np.ones((n, n), bool)), logits, -np.inf)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights = (weights / weights.sum(-1, keepdims=True)).mean(0)
+    inter, intra = np.zeros(n), np.zeros(n)
+    for i in range(n):
+        later = [t for t in np.flatnonzero(text) if t > i]
+        inter[i] = weights[later, i].mean() if later else 0.0
+        intra[i] = weights[np.flatnonzero(visual), i].sum() / visual.sum()
+    metrics = {"inter": inter, "magnitude": np.linalg.norm(x, axis=-1), "intra": intra}
+    if bits < 16:
+        step = np.abs(normed).max(-1, keepdims=True) / (2 ** (bits - 1) - 1)
+        metrics["residual"] = np.linalg.norm(np.round(normed / step) * step - normed, axis=-1)
+    share = {"inter": 0.45, "magnitude": 0.25, "intra": 0.1, "residual": 0.2}
+    if bits == 16:
+        share = {name: share[name] + 0.2 / 3 for name in metrics}
+    total = np.zeros(n)
+    for name, value in metrics.items():
+        low, high = np.percentile(value[visual], [5, 95])
+        total += share[name] * (np.clip(value, low, high) - low) / (high - low)
+    return total
+
+
+@pytest.mark.parametrize("label", ["W16A16KV16", "W4A8KV4", "W4A4KV4"])
+def test_quota_keeps_the_tokens_of_equations_6_to_9(model, label):
+    quantization = QuantizationConfig.parse(label)
+    params = {name: np.asarray(array) for name, array in flatten_params(model).items()}
+    arrays = quantize_params(params, quantization)
+    model = build_model(
+        model.config, quantization, {name: jnp.asarray(array) for name, array in arrays.items()}
+    )
+    bits = quantization.activation_bits
+    selector = Selector(name="quota", redistribute=bits == 16)
+    recipe = Recipe(num_layers=LAYERS, stages=(Stage(layer=1, keep=0.4, selector=selector),))
+    batch = make_batch([9, 20], [1, 2])
+    _, cache = qj.prefill(model, batch, recipe=recipe)
+    decoder, sequence = model.decoder, sequence_of(batch)
+    x = model.embed(batch, model.visual_features(batch.pixels))
+    x, _ = decoder.layer(x, sequence, jnp.int32(0))
+    inner = decoder._project(x, sequence, jnp.int32(1))
+    for b in range(2):
+        n = int(batch.lengths[b])
+        visual = np.asarray(batch.is_visual)[b, :n]
+        arrays = (x, inner.query, inner.key, inner.normed)
+        parts = [np.asarray(array, np.float64)[b, :n] for array in arrays]
+        scores = quota_by_hand((*parts, bits), visual, ~visual, model.config.text.head_dim)
+        count = kept(int(visual.sum()), 0.4)
+        source = np.asarray(cache.kept_source)[b, : int(cache.kept_length[b])]
+        assert set(source[visual[source]]) == by_hand(scores, visual, count)
+
+
+def test_unquantized_inputs_have_no_residual_to_score_by(model):
+    recipe = Recipe.uniform(num_layers=LAYERS, layers=[1], keep=0.5, selector="quota")
+    with pytest.raises(QuotaError, match="redistribute=True"):
+        qj.prefill(model, make_batch([9], [1]), recipe=recipe)
+
+
+def test_selector_parameters_survive_json_and_belong_to_quota():
+    weights = QuotaWeights().without("residual")
+    selector = Selector(name="quota", weights=weights, causal_intra=True)
+    recipe = Recipe(num_layers=4, stages=(Stage(layer=1, keep=0.5, selector=selector),))
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    with pytest.raises(QuotaError, match="belong to the selector 'quota'"):
+        Selector(name="random", redistribute=True)
+    with pytest.raises(QuotaError, match="weights of the score"):
+        Selector(name="quota", weights={"color": 1.0})  # pyrefly: ignore
 
 
 def test_recipe_counts_equal_the_reference_vectors():

@@ -6,7 +6,7 @@ int8 values times 16, and two dp4a sum them against the matching bytes of the to
 is divided out of the exact int32 sum at the end.
 
 This is the only file that uses Pallas' Triton back end, which jax 0.11 deprecates: it measured
-fastest here (see MEASURED.md). The way out is `impl="mosaic_gpu"`, which computes the same.
+fastest here (see pallas_kernels/measured). The way out is `impl="mosaic_gpu"`, which computes the same.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ class Demo:
         from quota_jax.config import config_from_hf
         from quota_jax.quant.calibrate import calibrate
         from quota_jax.quantization import QuantizationConfig
-        from quota_jax.recipe import Recipe
+        from quota_jax.recipe import Recipe, Selector
         from quota_jax.testbed import small_llava_path
         from quota_jax.testbed.evaluate import MAIN_TYPES, make_items
 
@@ -63,6 +63,8 @@ class Demo:
             num_layers=config.text.num_layers,
             layers=default_layers(config),
             keep=self.keep,
+            # Inputs that are not quantized have no residual to score by.
+            selector=Selector(name="quota", redistribute=quantization.activation_bits == 16),
         )
         items = make_items(self.pictures, self.seed, MAIN_TYPES)
         self.out.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from quota_jax.config import ModelConfig
     from quota_jax.recipe import Recipe
 
+SelectorName = Literal[
+    "quota", "text_attention", "fastv", "pyramid_drop", "div_prune", "random", "stride"
+]
 DEFAULT_LAYERS = {"llava": range(2, 7), "qwen2_5_vl": range(7, 12)}
 """Candidate layers of the paper (0-based) for each model family."""
 
@@ -35,10 +38,14 @@ class ShowRecipe:
     """Fraction of the visual tokens that is left after the last stage."""
     layers: tuple[int, ...] = ()
     """Decoder layers that drop tokens, from 0; default 2 to 6 (LLaVA), 7 to 11 (Qwen2.5-VL)."""
-    selector: Literal["text_attention", "random", "stride"] = "text_attention"
-    """How tokens are chosen: by attention from the text, at random, or evenly spaced."""
-    point: Literal["input", "before_attention", "after_attention"] = "after_attention"
-    """Where in the layer they leave."""
+    selector: SelectorName = "text_attention"
+    """How tokens are chosen: by QUOTA's score, by its attention from the text alone, as a peer
+    does, at random, or evenly spaced."""
+    redistribute: bool = False
+    """With the selector quota: share out the weight of a metric that is not there (the residual,
+    where inputs are not quantized)."""
+    point: Literal["input", "before_attention", "after_attention"] | None = None
+    """Where in the layer they leave; default: where the selector stands."""
     positions: Literal["keep", "renumber"] = "keep"
     """Whether kept tokens keep their rotary positions."""
     seed: int = 0
@@ -50,7 +57,7 @@ class ShowRecipe:
 
     def run(self) -> int:
         from quota_jax.checkpoint import open_checkpoint, set_recipe
-        from quota_jax.recipe import Recipe
+        from quota_jax.recipe import Recipe, Selector
 
         checkpoint = open_checkpoint(self.checkpoint)
         depth = checkpoint.config.text.num_layers
@@ -67,10 +74,11 @@ class ShowRecipe:
                 num_layers=depth,
                 layers=self.layers or default_layers(checkpoint.config),
                 keep=self.keep,
-                selector=self.selector,
+                selector=Selector(
+                    name=self.selector, seed=self.seed, redistribute=self.redistribute
+                ),
                 point=self.point,
                 positions=self.positions,
-                seed=self.seed,
             )
         print(describe_recipe(recipe, checkpoint.config))
         if self.write or self.none:
@@ -86,7 +94,8 @@ class ShowRecipe:
         layers = " ".join(map(str, self.layers or ("default",)))
         return (
             f"recipe --keep {self.keep} --layers {layers} --selector {self.selector} "
-            f"--point {self.point} --positions {self.positions} --seed {self.seed}"
+            f"--point {self.point or 'default'} --positions {self.positions} --seed {self.seed}"
+            + (" --redistribute" if self.redistribute else "")
         )
 
 

@@ -8,8 +8,6 @@ CPU a sample's scores depend neither on padding nor on batch neighbours, bit for
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,74 +15,75 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.stable import fixed_order_sum, rounded
 from quota_jax.errors import QuotaError
-from quota_jax.prune.selectors import random_scores, stride_scores
+from quota_jax.prune.selectors import (
+    div_prune_ranks,
+    pyramid_drop_scores,
+    random_scores,
+    stride_scores,
+)
+from quota_jax.prune.weights import QuotaWeights
 from quota_jax.quant.quantizers import quantize_activation
 from quota_jax.recipe import Selector
 
 
-def text_to_visual(
-    weights: Float[Array, "B N T S"], is_text: Bool[Array, "B T"]
-) -> Float[Array, "B S"]:
-    """Mean attention that a token receives, over heads and over the valid text queries after it
-    (Eq. 6)."""
-    place = jnp.arange(is_text.shape[1])
-    later = is_text[:, :, None] & (place[None, :, None] > place[None, None, :])
-    mass = jnp.where(later[:, None], weights, 0.0).sum(2).mean(1)
-    return mass / jnp.maximum(later.sum(1), 1)
+@dataclass(frozen=True, kw_only=True)
+class Signals:
+    """What a stage can be scored by. Queries, keys and the residual exist only inside a layer.
+
+    hidden: input states of the layer (of the decoder, for a stage at its input). query, key: after
+    rotation, keys as the cache stores them. residual: norm of the quantization error of the input
+    of q, k and v (None where inputs are not quantized).
+    """
+
+    hidden: Float[Array, "B S D"]
+    lengths: Int[Array, " B"]
+    is_visual: Bool[Array, "B S"]
+    is_text: Bool[Array, "B S"]
+    query: Float[Array, "B S N H"] | None = None
+    key: Float[Array, "B S K H"] | None = None
+    residual: Float[Array, "B S"] | None = None
+    sm_scale: float = 1.0
+
+    def mass(self) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
+        """Attention that each token receives from text and from visual queries."""
+        query, key = self.heads()
+        return attention_mass(query, key, self.lengths, self.is_visual, sm_scale=self.sm_scale)
+
+    def heads(self) -> tuple[Float[Array, "B S N H"], Float[Array, "B S K H"]]:
+        assert self.query is not None, "this selector stands inside a layer"
+        assert self.key is not None
+        return self.query, self.key
 
 
-def score(
-    selector: Selector,
-    *,
-    is_visual: Bool[Array, "B S"],
-    is_text: Bool[Array, "B S"],
-    target: Int[Array, " B"],
-    weights: Float[Array, "B N T S"] | None,
-) -> Float[Array, "B S"]:
+def score(selector: Selector, signals: Signals, target: Int[Array, " B"]) -> Float[Array, "B S"]:
     """Scores of every place (only visual ones are compared). ``target`` is K of each sample."""
+    visual, text = signals.is_visual, signals.is_text
     if selector.name == "random":
-        return random_scores(is_visual, selector.seed)
+        return random_scores(visual, selector.seed)
     if selector.name == "stride":
-        return stride_scores(is_visual, target)
-    assert weights is not None, "text_attention stands after a layer's attention"
-    return text_to_visual(weights, is_text)
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class QuotaWeights:
-    """Weights of the four metrics (Eq. 8), the paper's by default; 0 leaves a metric out."""
-
-    inter: float = 0.45
-    magnitude: float = 0.25
-    intra: float = 0.10
-    residual: float = 0.20
-
-    def __post_init__(self):
-        for name, value in dataclasses.asdict(self).items():
-            if not (math.isfinite(value) and value >= 0):
-                raise QuotaError(f"weight of {name} must be finite and not negative, got {value}")
-        if not any(dataclasses.astuple(self)):
-            raise QuotaError("all weights of the score are 0")
-
-    @property
-    def used(self) -> tuple[str, ...]:
-        """Metrics of positive weight."""
-        return tuple(name for name, value in dataclasses.asdict(self).items() if value)
-
-    def without(self, *metrics: str) -> QuotaWeights:
-        """Leaves metrics out; their weight goes to the remaining ones in equal parts (Table 5)."""
-        values = dataclasses.asdict(self)
-        for name in metrics:
-            if name not in values:
-                raise QuotaError(f"unknown metric {name!r}; known: {', '.join(values)}")
-        remaining = [name for name in self.used if name not in metrics]
-        if not remaining:
-            raise QuotaError(f"no metric remains without {', '.join(metrics)}")
-        share = sum(values[name] for name in values if name in metrics) / len(remaining)
-        changed = {name: values[name] + share if name in remaining else 0.0 for name in values}
-        return QuotaWeights(**changed)
+        return stride_scores(visual, target)
+    if selector.name == "div_prune":
+        ranks = div_prune_ranks(signals.hidden, visual, visual.shape[1])
+        return -ranks.astype(jnp.float32)
+    if selector.name in ("fastv", "pyramid_drop"):
+        # The prompt's last token: the query that FastV reads, and the last of the instruction.
+        last = signals.lengths - 1
+        return pyramid_drop_scores(*signals.heads(), last, sm_scale=signals.sm_scale)
+    from_text, from_visual = signals.mass()
+    if selector.name == "text_attention":
+        return inter(from_text, text)
+    metrics = {
+        "inter": inter(from_text, text),
+        "magnitude": magnitude(signals.hidden),
+        "intra": intra(from_visual, visual, causal_mean=selector.causal_intra),
+    }
+    if signals.residual is not None:
+        metrics["residual"] = signals.residual
+    weights, redistribute = selector.weights, selector.redistribute
+    return quota_score(metrics, visual, weights, redistribute=redistribute)
 
 
 def magnitude(x: Float[Array, "B S D"]) -> Float[Array, "B S"]:
@@ -93,16 +92,18 @@ def magnitude(x: Float[Array, "B S D"]) -> Float[Array, "B S"]:
     return jnp.sqrt(fixed_order_sum(rounded(jnp.square(x))))
 
 
-def residual(x: Float[Array, "B S K"], bits: int) -> Float[Array, "B S"]:
+def residual(
+    x: Float[Array, "*rows K"], bits: int, clip: Float[Array, " 2"] | None = None
+) -> Float[Array, "*rows"]:
     """``||Q(x_i) - x_i||`` of the input of q, k and v as it is quantized, i.e. after the online
-    transform; Q is the deployed activation quantizer."""
+    transform; Q is the deployed activation quantizer, ``clip`` its learned clipping."""
     if bits >= 16:
         raise QuotaError(
             f"{bits}-bit activations have no quantization residual: leave the metric out with "
             "redistribute=True"
         )
     x = x.astype(jnp.float32)
-    codes, scale = quantize_activation(x, bits)
+    codes, scale = quantize_activation(x, bits, clip)
     back = rounded(codes.astype(jnp.float32) * scale[..., None])
     return jnp.sqrt(fixed_order_sum(rounded(jnp.square(back - x))))
 

@@ -229,7 +229,7 @@ def by_hand(scores: np.ndarray, visual: np.ndarray, count: int) -> set[int]:
     """Places of the best visual tokens; ties to the lowest."""
     places = np.flatnonzero(visual)
     order = sorted(places, key=lambda place: (-scores[place], place))
-    return set(order[:count])
+    return {int(place) for place in order[:count]}
 
 
 def quota_by_hand(parts, visual, text, head_dim) -> np.ndarray:

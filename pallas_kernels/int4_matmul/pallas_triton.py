@@ -5,8 +5,9 @@ with few instructions. A 32-bit word holds 8 codes; shifted into the high half o
 int8 values times 16, and two dp4a sum them against the matching bytes of the tokens. The factor 16
 is divided out of the exact int32 sum at the end.
 
-This is the only file that uses Pallas' Triton back end, which jax 0.11 deprecates: it measured
-fastest here (see pallas_kernels/measured). The way out is `impl="mosaic_gpu"`, which computes the same.
+Pallas' Triton back end is deprecated in jax 0.11; this and ``kv4_attention.pallas_triton`` alone use
+it, because it measured fastest (``pallas_kernels/measured``). The way out here is
+``impl="mosaic_gpu"``, which computes the same.
 """
 
 from __future__ import annotations

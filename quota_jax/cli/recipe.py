@@ -70,6 +70,13 @@ class ShowRecipe:
         elif self.keep is None:
             recipe = checkpoint.recipe
         else:
+            bits = checkpoint.quantization
+            quantized = bits.quantizes("decoder") and bits.activation_bits < 16
+            if self.selector == "quota" and not (quantized or self.redistribute):
+                raise QuotaError(
+                    "the decoder's inputs are not quantized, so the score of selector quota has no "
+                    "residual: add --redistribute"
+                )
             recipe = Recipe.uniform(
                 num_layers=depth,
                 layers=self.layers or default_layers(checkpoint.config),

@@ -12,7 +12,7 @@ from quota_jax.config import build
 from quota_jax.errors import QuotaError
 
 MODULES = ("vision", "projector", "decoder")
-METHODS = ("none", "rtn")
+METHODS = ("none", "rtn", "smoothquant", "flatquant")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -22,7 +22,9 @@ class QuantizationConfig:
     Weights: symmetric per output channel. Activations: dynamic symmetric per token. Keys and
     values: asymmetric per token per head. Embeddings, patch embedding, norms and the head are never
     quantized. ``modules`` says which of vision tower, projector and decoder have quantized
-    linears; the KV cache belongs to the decoder and follows ``kv_bits`` alone.
+    linears; the KV cache belongs to the decoder and follows ``kv_bits`` alone. Under method
+    "flatquant" a quantized linear also holds two small matrices that transform its input and, where
+    activations are quantized, two clipping factors.
     """
 
     method: str = "none"
@@ -46,6 +48,8 @@ class QuantizationConfig:
             )
         if unknown := [module for module in self.modules if module not in MODULES]:
             raise QuotaError(f"unknown module {unknown[0]!r}; known: {MODULES}")
+        if self.method in ("smoothquant", "flatquant") and self.weight_bits == 16:
+            raise QuotaError(f"method {self.method!r} needs quantized weights (4 or 8 bits)")
         if self.method == "none" and not self.is_none:
             raise QuotaError(f"method 'none' cannot carry {self.label}")
 

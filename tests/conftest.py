@@ -6,9 +6,12 @@ that tests start.
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import re
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,16 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         # Asked for by name, so a machine without one fails instead of passing in silence.
         if jax.default_backend() != "gpu":
             pytest.fail(f"jax sees no GPU (backend {jax.default_backend()!r})", pytrace=False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def release_programs() -> Iterator[None]:
+    """Frees compiled programs after each file: every one holds memory maps, and a process may have
+    65,530 of them before it aborts."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ with few instructions. A 32-bit word holds 8 codes; shifted into the high half o
 int8 values times 16, and two dp4a sum them against the matching bytes of the tokens. The factor 16
 is divided out of the exact int32 sum at the end.
 
-Pallas' Triton back end is deprecated in jax 0.11; this and ``kv4_attention.pallas_triton`` alone use
+Pallas' Triton back end is deprecated in jax 0.11; this file and ``kv4_attention.pallas_triton`` use
 it, because it measured fastest (``pallas_kernels/measured``). The way out here is
 ``impl="mosaic_gpu"``, which computes the same.
 """

@@ -122,12 +122,16 @@ def is_storable(dtype: np.dtype) -> bool:
 
 
 def castable(params: Mapping[str, jax.ShapeDtypeStruct]) -> set[str]:
-    """Names of the float parameters of free dtype: all but the scales of quantized matrices."""
+    """Names of the float parameters of free dtype: all but those of quantized matrices.
+
+    Their scales, and the factors and clipping of their inputs, keep the dtype that the codes were
+    made for.
+    """
     fixed = set()
     for name in params:
         stem, _, kind = name.rpartition(".")
         if kind in ("packed", "codes"):
-            fixed |= {name, f"{stem}.scale"}
+            fixed |= {name, *(f"{stem}.{part}" for part in ("scale", "left", "right", "clip"))}
     return set(params) - fixed
 
 

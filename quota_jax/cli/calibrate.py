@@ -25,7 +25,6 @@ class Calibrate:
     run that was killed leaves OUT.partial; the same command takes it up again.
 
     For example:
-      quota-jax calibrate llava-7b --bits W4A8KV4 --out llava-7b-w4a8
       quota-jax calibrate llava-7b --method flatquant --data calib.json --out llava-7b-w4a4
     """
 

@@ -14,13 +14,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import causal_attention, sequence_attention
+from pallas_kernels.attention import sequence_attention
 from quota_jax.config import TextConfig
 from quota_jax.kv_cache import CacheGroup, decode, encode, grow, round_up, with_room
 from quota_jax.models.build import attention, linear, mlp, module_bits, norm, tree
 from quota_jax.nn.linear import matmul
 from quota_jax.nn.rope import rotary_angles, rotate, token_positions
-from quota_jax.prune.scores import score
+from quota_jax.prune.scores import Signals, residual, score
 from quota_jax.prune.select import Sequence, budget, gather, select
 from quota_jax.quant.straight_through import pass_through
 from quota_jax.quantization import QuantizationConfig
@@ -35,6 +35,16 @@ class LayerCache(NamedTuple):
 
     stored: Stored
     sequence: Sequence
+
+
+class Projected(NamedTuple):
+    """A layer's normed input, rotated queries, deployed keys and values, and what is stored."""
+
+    normed: Array
+    query: Array
+    key: Array
+    value: Array
+    stored: Stored
 
 
 class Decoder(nnx.Module):
@@ -75,14 +85,19 @@ class Decoder(nnx.Module):
         done = 0
         for stage in recipe.stages:
             x, done = self._segment(x, sequence, done, stage.layer, caches)
-            if stage.point != "after_attention":
-                x, sequence, _ = self._prune(x, sequence, stage, recipe, None)
-                continue
             layer = jnp.int32(stage.layer)
-            x, stored, weights = self._attend(x, sequence, layer, scored=True)
-            stored = jax.tree.map(lambda array: array[None], stored)
+            inside = stage.point == "after_attention"
+            inner = None
+            if inside or stage.selector.name == "pyramid_drop":
+                inner = self._project(x, sequence, layer)
+            signals = self._signals(x, sequence, layer, inner)
+            if not inside or inner is None:
+                x, sequence, _ = self._prune(x, sequence, stage, recipe, signals)
+                continue
+            x = self._attend(x, sequence, layer, inner)
+            stored = jax.tree.map(lambda array: array[None], inner.stored)
             before = sequence
-            x, sequence, order = self._prune(x, sequence, stage, recipe, weights)
+            x, sequence, order = self._prune(x, sequence, stage, recipe, signals)
             if stage.trim_own_cache:
                 stored = jax.tree.map(lambda array, o=order: gather(array[0], o)[None], stored)
                 before = sequence
@@ -106,40 +121,57 @@ class Decoder(nnx.Module):
 
     def layer(self, x: Float[Array, "B S D"], sequence: Sequence, index: Array):
         """One layer on all its tokens: the new states, and what its cache stores."""
-        x, stored, _ = self._attend(x, sequence, index)
-        return self._feed_forward(x, index), stored
+        inner = self._project(x, sequence, index)
+        x = self._attend(x, sequence, index, inner)
+        return self._feed_forward(x, index), inner.stored
 
-    def _attend(self, x, sequence: Sequence, layer: Array, *, scored: bool = False):
-        """Attention sublayer. Reads keys and values back from what the cache stores.
-
-        The probabilities that scores are made of are returned where ``scored``, else None.
-        """
+    def _project(self, x, sequence: Sequence, layer: Array) -> Projected:
+        """Queries, keys and values of a layer; the latter two read back from what is stored."""
         cos, sin = rotary_angles(self.config, sequence.positions)
-        q, k, v = self.layers.attn.project(self.layers.norm1(x, layer), layer)
+        normed = self.layers.norm1(x, layer)
+        q, k, v = self.layers.attn.project(normed, layer)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         stored = (encode(k, self.kv_bits, x.dtype), encode(v, self.kv_bits, x.dtype))
         keys, values = (
-            pass_through(x, decode(part, self.kv_bits))
-            for x, part in zip((k, v), stored, strict=True)
+            pass_through(part, decode(code, self.kv_bits))
+            for part, code in zip((k, v), stored, strict=True)
         )
-        arrays, scale = (q, keys, values, sequence.lengths), self.config.head_dim**-0.5
-        if scored:
-            heads, weights = causal_attention(*arrays, sm_scale=scale)
-        else:
-            heads, weights = sequence_attention(*arrays, sm_scale=scale), None
-        return x + self.layers.attn.output(heads.astype(x.dtype), layer), stored, weights
+        return Projected(normed, q, keys, values, stored)
+
+    def _attend(self, x, sequence: Sequence, layer: Array, inner: Projected):
+        """Adds the attention sublayer's output."""
+        heads = sequence_attention(
+            inner.query, inner.key, inner.value, sequence.lengths, sm_scale=self._sm_scale
+        )
+        return x + self.layers.attn.output(heads.astype(x.dtype), layer)
 
     def _feed_forward(self, x, layer: Array):
         return x + self.layers.mlp(self.layers.norm2(x, layer), layer)
 
-    def _prune(self, x, sequence: Sequence, stage: Stage, recipe: Recipe, weights):
-        scores = score(
-            stage.selector,
+    @property
+    def _sm_scale(self) -> float:
+        return self.config.head_dim**-0.5
+
+    def _signals(self, x, sequence: Sequence, layer: Array, inner: Projected | None) -> Signals:
+        """What a stage at this layer can be scored by (Eq. 6); ``inner`` None: not by its heads."""
+        qkv = self.layers.attn.qkv
+        error = None
+        if inner is not None and qkv.activation_bits < 16:
+            rows = qkv.transformed(inner.normed.reshape(-1, x.shape[-1]), layer)
+            error = residual(rows, qkv.activation_bits, qkv.clipping(layer)).reshape(x.shape[:2])
+        return Signals(
+            hidden=x,
+            lengths=sequence.lengths,
             is_visual=sequence.is_visual,
             is_text=sequence.is_text,
-            target=budget(sequence, stage.keep),
-            weights=weights,
+            query=None if inner is None else inner.query,
+            key=None if inner is None else inner.key,
+            residual=error,
+            sm_scale=self._sm_scale,
         )
+
+    def _prune(self, x, sequence: Sequence, stage: Stage, recipe: Recipe, signals: Signals):
+        scores = score(stage.selector, signals, budget(sequence, stage.keep))
         sequence, order = select(
             sequence, scores, stage.keep, renumber=recipe.positions == "renumber"
         )

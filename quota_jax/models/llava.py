@@ -44,7 +44,11 @@ class Llava(VisionLanguageModel):
         states = self.vision(pixels, config.feature_states)
         if config.vision_feature_select_strategy == "default":
             states = states[:, 1:]
+        return self.project(states)
+
+    def project(self, states: Float[Array, "P V F"]) -> Float[Array, "R D"]:
+        """Features of the vision tower -> visual tokens."""
         hidden = self.projector.linear_1(states.astype(self.dtype))
-        hidden = activation(config.projector_hidden_act)(hidden)
+        hidden = activation(self.config.projector_hidden_act)(hidden)
         hidden = self.projector.linear_2(hidden)
         return hidden.reshape(-1, hidden.shape[-1])

@@ -16,6 +16,7 @@ from quota_jax.models.llava import Llava
 from quota_jax.models.qwen2_5_vl import QwenVl
 from quota_jax.models.shapes import parameter_shapes
 from quota_jax.models.vision_language import VisionLanguageModel
+from quota_jax.quant.flatquant import factor_pair
 from quota_jax.quantization import QuantizationConfig
 
 LINEARS = ("qkv", "o", "up", "down", "gate_up", "linear_1", "linear_2")
@@ -40,6 +41,13 @@ def abstract_params(
             else:
                 params[stem + "codes"] = jax.ShapeDtypeStruct(shape, jnp.int8)
             params[stem + "scale"] = jax.ShapeDtypeStruct((*stack, rows), jnp.float32)
+            if quantization.method == "flatquant":
+                a, b = factor_pair(columns)
+                small = {"left": (a, a), "right": (b, b), "clip": (2,)}
+                if quantization.activation_bits == 16:
+                    del small["clip"]
+                for part, size in small.items():
+                    params[stem + part] = jax.ShapeDtypeStruct((*stack, *size), jnp.float32)
         else:
             params[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     return params

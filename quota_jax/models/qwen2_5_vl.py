@@ -46,6 +46,10 @@ class QwenVl(VisionLanguageModel):
         config = self.config
         if pixels.values.size == 0:
             return jnp.zeros((0, config.text.hidden_size), self.dtype)
-        x = self.projector.norm(self.vision(pixels).astype(self.dtype))
-        x = x.reshape(-1, config.vision.merge_unit * x.shape[-1])
+        return self.project(self.vision(pixels))
+
+    def project(self, states: Float[Array, "P N D"]) -> Float[Array, "R text"]:
+        """States of the vision tower -> visual tokens, one for ``merge_unit`` neighbours."""
+        x = self.projector.norm(states.astype(self.dtype))
+        x = x.reshape(-1, self.config.vision.merge_unit * x.shape[-1])
         return self.projector.linear_2(activation("gelu")(self.projector.linear_1(x)))

@@ -3,7 +3,9 @@ weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import jax
@@ -14,7 +16,24 @@ from jaxtyping import Array, Float
 from pallas_kernels.int4_matmul import int4_matmul, integer_matmul
 from pallas_kernels.packing import unpack_int4
 from pallas_kernels.stable import rounded
-from quota_jax.quant.quantizers import quantize_activation, quantize_weight
+from quota_jax.quant.quantizers import quantize_activation
+from quota_jax.quant.straight_through import simulated_product, simulated_weight
+
+Observer = Callable[["Linear", Array], None]
+_observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
+
+
+@contextmanager
+def observed(observer: Observer) -> Iterator[None]:
+    """Inside, ``observer`` is called with each linear and its input rows before any transform.
+
+    For calibration, which traces a block inside the program that uses what was observed.
+    """
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
 
 
 def take(parameter: nnx.Variable, layer: Array | int | None) -> Array:
@@ -42,12 +61,25 @@ def matmul(x: Float[Array, "M K"], weight: Float[Array, "N K"]) -> Float[Array, 
     return out[:rows]
 
 
+def kronecker(
+    x: Float[Array, "M K"], left: Float[Array, "a a"], right: Float[Array, "b b"]
+) -> Float[Array, "M K"]:
+    """``x (left kron right)`` in float32; ``K = a b``. A row's bits depend on nothing beside it."""
+    rows, (a, b) = x.shape[0], (left.shape[0], right.shape[0])
+    x = rounded(matmul(x.astype(jnp.float32).reshape(-1, b), right.T)).reshape(rows, a, b)
+    x = rounded(matmul(x.swapaxes(1, 2).reshape(-1, a), left.T)).reshape(rows, b, a)
+    return x.swapaxes(1, 2).reshape(rows, -1)
+
+
 class Linear(nnx.Module):
     """``y = x W^T + b`` with ``W`` as ``[out, in]``, or ``[L, out, in]`` and a layer index.
 
     Holds one of ``weight`` (float), ``packed`` + ``scale`` (4 bit), ``codes`` + ``scale`` (8 bit).
     With ``weight`` and ``weight_bits < 16`` it *simulates*: it quantizes the weight on the fly and
     multiplies integer values, so that simulated and packed results are bit-identical.
+
+    FlatQuant adds ``left`` and ``right``, the factors of the transform of the input (the weight is
+    stored in the transformed basis), and ``clip``, factors of a token's largest and smallest value.
     """
 
     weight: nnx.Param
@@ -55,6 +87,9 @@ class Linear(nnx.Module):
     codes: nnx.Param
     scale: nnx.Param
     bias: nnx.Param
+    left: nnx.Param
+    right: nnx.Param
+    clip: nnx.Param
 
     def __init__(
         self, params: Mapping[str, Any], *, weight_bits: int = 16, activation_bits: int = 16
@@ -67,27 +102,46 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Float[Array, "*rows K"], layer: Array | int | None = None) -> Array:
         rows = x.reshape(-1, x.shape[-1])
-        out = rounded(self._product(rows, layer))
+        if (observer := _observer.get()) is not None:
+            observer(self, rows)
+        # Without a bias to add the kernel writes the residual stream's dtype itself.
+        wide = jnp.float32 if "bias" in self.names else x.dtype
+        out = rounded(self._product(self.transformed(rows, layer), layer, wide))
         if "bias" in self.names:
             out = out + take(self.bias, layer).astype(jnp.float32)
         return out.astype(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
 
-    def _product(self, x: Float[Array, "M K"], layer) -> Float[Array, "M N"]:
+    def transformed(self, x: Float[Array, "M K"], layer: Array | int | None) -> Array:
+        """The input in the basis in which it is quantized."""
+        if "left" not in self.names:
+            return x
+        return kronecker(x, take(self.left, layer), take(self.right, layer))
+
+    def clipping(self, layer: Array | int | None) -> Float[Array, " 2"] | None:
+        """The learned clipping of the input's quantizer, if there is one."""
+        return take(self.clip, layer) if "clip" in self.names else None
+
+    def _product(self, x: Float[Array, "M K"], layer, wide) -> Float[Array, "M N"]:
         if self.weight_bits == 16:
             return matmul(x, take(self.weight, layer).astype(x.dtype))
         if self.activation_bits == 16:
             codes, scale = self._integers(layer)
             return matmul(x.astype(jnp.float32), codes.astype(jnp.float32)) * scale[None, :]
-        values, row_scale = quantize_activation(x, self.activation_bits)
+        clip = self.clipping(layer)
+        if "weight" in self.names:
+            bits = self.weight_bits, self.activation_bits
+            return simulated_product(x, take(self.weight, layer), clip, *bits)
+        values, row_scale = quantize_activation(x, self.activation_bits, clip)
         if "packed" in self.names:
-            return int4_matmul(values, row_scale, self.packed[...], self.scale[...], layer)
-        codes, scale = self._integers(layer)
-        return integer_matmul(values, row_scale, codes, scale)
+            return int4_matmul(
+                values, row_scale, self.packed[...], self.scale[...], layer, out_dtype=wide
+            )
+        return integer_matmul(values, row_scale, *self._integers(layer))
 
     def _integers(self, layer) -> tuple[Array, Array]:
-        """int8 codes [N, K] and float32 scales [N] of one layer."""
+        """Codes [N, K] and float32 scales [N] of one layer."""
         if "packed" in self.names:
             return unpack_int4(take(self.packed, layer)), take(self.scale, layer)
         if "codes" in self.names:
             return take(self.codes, layer), take(self.scale, layer)
-        return quantize_weight(take(self.weight, layer), self.weight_bits)
+        return simulated_weight(take(self.weight, layer), self.weight_bits)

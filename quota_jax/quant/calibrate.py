@@ -1,54 +1,34 @@
 """Turns a full-precision checkpoint into a quantized one, block by block.
 
-Round-to-nearest needs no data: each block is read, quantized and written before the next one, so
-peak host memory is a few blocks, and a killed run resumes.
+Each block is read, quantized and written before the next one, so peak host memory is a few blocks
+(and, where a method learns from data, their activations), and a killed run resumes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
-from pallas_kernels.packing import pack_int4
 from quota_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from quota_jax.errors import QuotaError
-from quota_jax.models.params import LINEARS
-from quota_jax.quant.quantizers import quantize_weight
+from quota_jax.processing import Processor
+from quota_jax.quant.calibrate_flatquant import BlockReport, FlatQuantOptions, learner
+from quota_jax.quant.calibration_data import Sample, digest, make_batches
+from quota_jax.quant.rtn import quantize_params
+from quota_jax.quant.smoothquant import SmoothQuantOptions, smoother
+from quota_jax.quant.streaming import write_blocks
 from quota_jax.quantization import QuantizationConfig
 
+__all__ = ["calibrate", "quantize_params"]
 
-def quantize_params(
-    params: Mapping[str, np.ndarray], quantization: QuantizationConfig
-) -> dict[str, np.ndarray]:
-    """Rounds the linears of the quantized modules to nearest; everything else passes through.
-
-    Works on stacked parameters and on single blocks alike: scales are per output channel.
-    """
-    out: dict[str, np.ndarray] = {}
-    for name, value in params.items():
-        parts = name.split(".")
-        if (
-            parts[-1] != "weight"
-            or parts[-2] not in LINEARS
-            or not quantization.quantizes(parts[0])
-        ):
-            out[name] = value
-            continue
-        stem = name.removesuffix("weight")
-        if quantization.weight_bits == 4 and value.shape[-1] % 2:
-            raise QuotaError(f"{name}: cannot pack an odd number of inputs ({value.shape[-1]})")
-        codes, scale = quantize_weight(jnp.asarray(value), quantization.weight_bits)
-        if quantization.weight_bits == 4:
-            out[stem + "packed"] = np.asarray(pack_int4(codes))
-        else:
-            out[stem + "codes"] = np.asarray(codes)
-        out[stem + "scale"] = np.asarray(scale)
-    return out
+Options = FlatQuantOptions | SmoothQuantOptions
+DATA_METHODS: dict[str, Any] = {"flatquant": FlatQuantOptions, "smoothquant": SmoothQuantOptions}
+"""Methods that need samples, and their options."""
 
 
 def calibrate(
@@ -56,15 +36,22 @@ def calibrate(
     out: str | Path,
     quantization: QuantizationConfig,
     *,
+    samples: Sequence[Sample] = (),
+    options: Options | None = None,
     progress: Callable[[str, int, int], None] | None = None,
+    report: Callable[[BlockReport], None] | None = None,
 ) -> Path:
     """Writes the quantized twin of checkpoint ``source`` to ``out``; resumes a killed run.
 
     Args:
+      samples: what "flatquant" and "smoothquant" look at; round-to-nearest needs none.
+      options: of the method, where it has some; None takes the defaults.
       progress: called with (block name, blocks done, blocks in all) after each block.
+      report: called with the losses of each block that FlatQuant has trained.
 
     Raises:
-      QuotaError: ``source`` is already quantized, or the configuration changes nothing.
+      QuotaError: ``source`` is already quantized, the configuration changes nothing, or the
+        samples do not suit the model.
     """
     checkpoint = open_checkpoint(source)
     if not checkpoint.quantization.is_none:
@@ -74,25 +61,62 @@ def calibrate(
         )
     if quantization.is_none:
         raise QuotaError(f"{quantization.label} quantizes nothing")
+    told: dict[str, object] = {"method": quantization.method}
+    learn = None
+    if quantization.method in DATA_METHODS:
+        if not samples:
+            raise QuotaError(f"method {quantization.method!r} needs calibration samples")
+        options = _options(quantization.method, options)
+        processor = Processor.from_folder(checkpoint.assets_dir, checkpoint.config)
+        data = make_batches(processor, samples, options.batch_size)
+        data.check(quantization)
+        told |= {"options": dataclasses.asdict(options), "samples": len(samples)}
+        told["data"] = digest(samples)
+        if isinstance(options, FlatQuantOptions):
+            transform = learner(data, quantization, options, report)
+        else:
+            transform = smoother(data, quantization, options)
+        learn = functools.partial(
+            write_blocks, batches=data.batches, quantization=quantization, transform=transform
+        )
     with CheckpointWriter(
         out,
         config=checkpoint.config,
         quantization=quantization,
         recipe=checkpoint.recipe,
-        provenance={**checkpoint.provenance, "calibration": {"method": quantization.method}},
+        provenance={**checkpoint.provenance, "calibration": told},
         assets=_assets(checkpoint),
-        fingerprint=_fingerprint(checkpoint, quantization),
+        fingerprint=_fingerprint(checkpoint, quantization, told),
         hf_config=checkpoint.hf_config,
         hf_layout=checkpoint.hf_layout,
     ) as writer:
-        names = list(checkpoint.block_names)
-        for done, name in enumerate(names, start=1):
-            if name not in writer.finished:
-                writer.write_block(name, quantize_params(checkpoint.read_block(name), quantization))
-            if progress:
-                progress(name, done, len(names))
+        if learn is not None:
+            learn(checkpoint, writer, progress=progress)
+        else:
+            _round(checkpoint, writer, quantization, progress)
         writer.finish()
     return Path(out)
+
+
+def _options(method: str, options: Options | None) -> Options:
+    kind = DATA_METHODS[method]
+    if options is not None and not isinstance(options, kind):
+        raise QuotaError(f"method {method!r} takes {kind.__name__}, not {type(options).__name__}")
+    return options or kind()
+
+
+def _round(
+    checkpoint: Checkpoint,
+    writer: CheckpointWriter,
+    quantization: QuantizationConfig,
+    progress: Callable[[str, int, int], None] | None,
+) -> None:
+    names = list(checkpoint.block_names)
+    for done, name in enumerate(names, start=1):
+        if name not in writer.finished:
+            writer.write_block(name, quantize_params(checkpoint.read_block(name), quantization))
+        if progress:
+            progress(name, done, len(names))
 
 
 def _assets(checkpoint: Checkpoint) -> dict[str, bytes]:
@@ -103,6 +127,10 @@ def _assets(checkpoint: Checkpoint) -> dict[str, bytes]:
     }
 
 
-def _fingerprint(checkpoint: Checkpoint, quantization: QuantizationConfig) -> str:
-    text = json.dumps([checkpoint.fingerprint, quantization.to_json()], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()
+def _fingerprint(
+    checkpoint: Checkpoint, quantization: QuantizationConfig, told: dict[str, object]
+) -> str:
+    identity = [checkpoint.fingerprint, quantization.to_json()]
+    if quantization.method != "rtn":
+        identity.append(told)
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

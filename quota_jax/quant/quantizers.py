@@ -30,14 +30,28 @@ def quantize_weight(
     return codes.astype(jnp.int8), scale
 
 
+def activation_scale(
+    x: Float[Array, "*rows K"], bits: int, clip: Float[Array, " 2"] | None = None
+) -> Float[Array, "*rows"]:
+    """Step of each token: its largest absolute value over the largest code.
+
+    ``clip`` holds factors of the largest and of the smallest value (FlatQuant's learned clipping).
+    A row of zeros gets TINY/limit.
+    """
+    if clip is None:
+        largest = jnp.abs(x).max(-1)
+    else:
+        largest = jnp.maximum(x.max(-1) * clip[0], -x.min(-1) * clip[1])
+    return jnp.maximum(largest, TINY) / symmetric_limit(bits)
+
+
 def quantize_activation(
-    x: Float[Array, "*rows K"], bits: int
+    x: Float[Array, "*rows K"], bits: int, clip: Float[Array, " 2"] | None = None
 ) -> tuple[Int[Array, "*rows K"], Float[Array, "*rows"]]:
-    """Dynamic symmetric per token; int8 codes, float32 scales. A row of zeros gets scale
-    TINY/limit."""
+    """Dynamic symmetric per token; int8 codes, float32 scales."""
     x = x.astype(jnp.float32)
     limit = symmetric_limit(bits)
-    scale = jnp.maximum(jnp.abs(x).max(-1), TINY) / limit
+    scale = activation_scale(x, bits, clip)
     codes = jnp.clip(jnp.round(x / scale[..., None]), -limit - 1, limit)
     return codes.astype(jnp.int8), scale
 

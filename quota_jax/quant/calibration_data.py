@@ -1,0 +1,167 @@
+"""Calibration data: a JSON list of {"image": path, "text": prompt} to batches of one shape."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from quota_jax.batch import Batch
+from quota_jax.config import QwenVlConfig
+from quota_jax.errors import QuotaError
+from quota_jax.processing import Processor
+from quota_jax.quant.blocks import Block
+from quota_jax.quantization import QuantizationConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Sample:
+    """A text with one picture (a path, PIL image or array) or without.
+
+    Text that holds no placeholder for its picture becomes a user's turn in the chat template.
+    """
+
+    text: str
+    image: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationData:
+    """Batches of equal shape; the first ``counts[i]`` rows of batch i are samples."""
+
+    batches: list[Batch]
+    counts: list[int]
+
+    def masks(self, block: Block) -> list[jax.Array]:
+        """Which rows of the block's output belong to samples, for each batch."""
+        pairs = zip(self.batches, self.counts, strict=True)
+        return [block.mask(batch, count) for batch, count in pairs]
+
+    def check(self, quantization: QuantizationConfig) -> None:
+        """Vision tower and projector learn from pictures only."""
+        seen = any(bool(batch.is_visual.any()) for batch in self.batches)
+        needs = [module for module in ("vision", "projector") if quantization.quantizes(module)]
+        if needs and not seen:
+            raise QuotaError(f"the calibration data hold no picture, which {needs[0]} needs")
+
+
+def read_samples(path: str | Path, limit: int | None = None) -> list[Sample]:
+    """The first ``limit`` entries of the list; paths of pictures are relative to the file.
+
+    Raises:
+      QuotaError: the file is no such list; the entry is named, counted from 0.
+    """
+    path = Path(path)
+    try:
+        entries = json.loads(path.read_bytes())
+    except OSError as error:
+        raise QuotaError(f"{path}: cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise QuotaError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(entries, list) or not entries:
+        raise QuotaError(f"{path}: expected a JSON list of samples that is not empty")
+    if limit is not None and limit > len(entries):
+        raise QuotaError(f"{path}: holds {len(entries)} samples, {limit} were asked for")
+    samples = []
+    for place, entry in enumerate(entries[:limit]):
+        where = f"{path}: sample {place}"
+        if not isinstance(entry, dict):
+            raise QuotaError(f"{where}: expected an object with 'text' and perhaps 'image'")
+        if unknown := sorted(set(entry) - {"text", "image"}):
+            raise QuotaError(f"{where}: unknown field {unknown[0]!r}")
+        text, image = entry.get("text"), entry.get("image")
+        if not isinstance(text, str) or not text.strip():
+            raise QuotaError(f"{where}: 'text' must be a string that is not empty")
+        if image is not None:
+            if not isinstance(image, str) or not image:
+                raise QuotaError(f"{where}: 'image' must be a path")
+            if not (path.parent / image).is_file():
+                raise QuotaError(f"{where}: no picture {path.parent / image}")
+            image = str(path.parent / image)
+        samples.append(Sample(text=text, image=image))
+    return samples
+
+
+def digest(samples: Sequence[Sample]) -> str:
+    """Checksum of texts and pictures: equal digests promise equal calibrations."""
+    found = hashlib.sha256()
+    for sample in samples:
+        found.update(json.dumps(sample.text).encode())
+        if isinstance(sample.image, str | Path):
+            try:
+                found.update(hashlib.sha256(Path(sample.image).read_bytes()).digest())
+            except OSError as error:
+                raise QuotaError(f"{sample.image}: cannot be read: {error.strerror}") from None
+        elif sample.image is not None:
+            pixels = np.asarray(sample.image)
+            found.update(f"{pixels.shape}".encode() + pixels.tobytes())
+    return found.hexdigest()
+
+
+def write_drawn_samples(folder: str | Path, count: int, *, seed: int = 0) -> Path:
+    """Draws scenes of the testbed with one question and answer each; returns the list's path."""
+    from quota_jax.testbed import ask, draw_scenes
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for scene in draw_scenes(seed=seed, count=count):
+        name = f"scene_{scene.index:04d}.png"
+        scene.pil.save(folder / name)
+        question = ask(scene, seed)
+        entries.append({"image": name, "text": f"{question.prompt} {question.answer}"})
+    path = folder / "calib.json"
+    path.write_text(json.dumps(entries, indent=1) + "\n")
+    return path
+
+
+def make_batches(
+    processor: Processor, samples: Sequence[Sample], batch_size: int
+) -> CalibrationData:
+    """Batches of ``batch_size`` samples in their order, all with the shapes that the largest
+    needs."""
+    rows = [_prompt(processor, sample) for sample in samples]
+    groups = [rows[i : i + batch_size] for i in range(0, len(rows), batch_size)]
+
+    def build(group, **shape):
+        # A short last batch is filled up with copies, which count for nothing.
+        full = [*group, *[group[0]] * (batch_size - len(group))]
+        prompts, images = zip(*full, strict=True)
+        return processor(images=list(images), prompts=list(prompts), **shape)
+
+    batches = [build(group) for group in groups]
+    shape = {
+        "text_bucket": max(batch.text_bucket for batch in batches),
+        "image_slots": max(_slots(batch) for batch in batches),
+    }
+    visual = max(batch.visual_bucket for batch in batches)
+    if isinstance(processor.config, QwenVlConfig):
+        shape["visual_bucket"] = visual
+        shape["patch_bucket"] = max(batch.pixels.values.shape[1] for batch in batches)
+    else:
+        shape["images_per_prompt"] = visual // processor.config.tokens_per_image
+    return CalibrationData(
+        batches=[build(group, **shape) for group in groups],
+        counts=[len(group) for group in groups],
+    )
+
+
+def _slots(batch: Batch) -> int:
+    return getattr(batch.pixels, "values", batch.pixels).shape[0]
+
+
+def _prompt(processor: Processor, sample: Sample) -> tuple[str, list[Any]]:
+    if sample.image is None:
+        return sample.text, []
+    if processor.placeholders["image"] in sample.text:
+        return sample.text, [sample.image]
+    parts = [{"type": "image", "image": sample.image}, {"type": "text", "text": sample.text}]
+    prompts, images = processor.render([[{"role": "user", "content": parts}]])
+    # The tokenizer puts its first token in front itself.
+    return prompts[0].removeprefix(processor.tokenizer.bos_token or ""), images[0]

@@ -1,0 +1,43 @@
+"""Round-to-nearest: the linears of the quantized modules to integers and scales."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.packing import pack_int4
+from quota_jax.errors import QuotaError
+from quota_jax.models.params import LINEARS
+from quota_jax.quant.quantizers import quantize_weight
+from quota_jax.quantization import QuantizationConfig
+
+
+def quantize_params(
+    params: Mapping[str, np.ndarray], quantization: QuantizationConfig
+) -> dict[str, np.ndarray]:
+    """Rounds the linears of the quantized modules to nearest; everything else passes through.
+
+    Works on stacked parameters and on single blocks alike: scales are per output channel.
+    """
+    out: dict[str, np.ndarray] = {}
+    for name, value in params.items():
+        parts = name.split(".")
+        if (
+            parts[-1] != "weight"
+            or parts[-2] not in LINEARS
+            or not quantization.quantizes(parts[0])
+        ):
+            out[name] = value
+            continue
+        stem = name.removesuffix("weight")
+        if quantization.weight_bits == 4 and value.shape[-1] % 2:
+            raise QuotaError(f"{name}: cannot pack an odd number of inputs ({value.shape[-1]})")
+        codes, scale = quantize_weight(jnp.asarray(value), quantization.weight_bits)
+        if quantization.weight_bits == 4:
+            out[stem + "packed"] = np.asarray(pack_int4(codes))
+        else:
+            out[stem + "codes"] = np.asarray(codes)
+        out[stem + "scale"] = np.asarray(scale)
+    return out

@@ -38,6 +38,7 @@ def test_demo_shows_truth_beside_both_answers_and_saves_pictures(
     monkeypatch.setattr(testbed, "small_llava_path", lambda: untrained)
     out = tmp_path / "out"
     command = ["demo", "--out", str(out), "--pictures", "2", "--seed", "3", "--keep", "0.25"]
+    command += ["--method", "rtn"]
     assert main(command) == 0
     text, err = capsys.readouterr()
     assert err == ""
@@ -64,7 +65,7 @@ def test_demo_shows_truth_beside_both_answers_and_saves_pictures(
     foreign = tmp_path / "foreign"
     (foreign / "full").mkdir(parents=True)
     (foreign / "full" / "mine.txt").write_text("keep me")
-    assert main(["demo", "--out", str(foreign)]) == 2
+    assert main(["demo", "--out", str(foreign), "--method", "rtn"]) == 2
     assert capsys.readouterr().err.count("\n") == 1
     assert (foreign / "full" / "mine.txt").read_text() == "keep me"
     # A second run replaces the first one's checkpoints.
@@ -73,12 +74,30 @@ def test_demo_shows_truth_beside_both_answers_and_saves_pictures(
     assert (out / "full" / "manifest.json").stat().st_mtime_ns > first
 
 
+def test_demo_learns_from_pictures_that_it_does_not_ask_about(
+    untrained: Path, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(testbed, "small_llava_path", lambda: untrained)
+    out = tmp_path / "out"
+    small = ["--pictures", "1", "--samples", "2", "--steps", "2"]
+    assert main(["demo", "--out", str(out), *small]) == 0
+    text, err = capsys.readouterr()
+    assert err == ""
+    assert "FlatQuant on 2 drawn pictures, 2 steps a block" in text
+    assert open_checkpoint(out / "W4A4KV4").quantization.method == "flatquant"
+    drawn = sorted((out / "calibration").glob("*.png"))
+    assert len(drawn) == 2
+    asked = (out / "scene_0.png").read_bytes()
+    assert asked not in [path.read_bytes() for path in drawn]
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--pictures", "0"], "--pictures must be at least 1"),
         (["--keep", "2"], "keep must lie in"),
         (["--bits", "W3"], "do not read like"),
+        (["--samples", "0"], "--samples must be at least 1"),
         (["--seed", "-1"], "seed must be"),
     ],
 )

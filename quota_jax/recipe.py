@@ -19,7 +19,8 @@ from quota_jax.prune.weights import QuotaWeights
 
 POINTS = ("input", "before_attention", "after_attention")
 POSITIONS = ("keep", "renumber")
-# Which points a selector can stand at: attention scores exist only after a layer's attention.
+# Which points a selector can stand at; the last one is its own. Scores made of a layer's attention
+# exist inside it, PyramidDrop's are computed ahead of it, DivPrune reads the decoder's input.
 SELECTORS: dict[str, tuple[str, ...]] = {
     "quota": ("after_attention",),
     "text_attention": ("after_attention",),

@@ -7,8 +7,8 @@ bits of 2^23), and keeps scale and zero out of the inner products:
     q . k = scale * (sum q code - zero * sum q),    sum p v = sum p scale code - sum p scale zero
 
 It leaves the maximum, the sum and the weighted values of its tokens; the second launch combines
-them. Grouped queries read their key head again, from the L2 cache: with one program for a whole
-group there are too few programs (measured 2.5 times slower at 28 query and 4 key heads).
+them. Grouped queries read their key head again, from the L2 cache: one program for a whole group
+makes too few programs for the GPU.
 
 Pallas' Triton back end is deprecated in jax 0.11; see ``int4_matmul.pallas_triton``.
 """

@@ -20,6 +20,7 @@ from pallas_kernels.stable import fixed_order_sum, rounded
 from quota_jax.errors import QuotaError
 from quota_jax.prune.selectors import (
     div_prune_ranks,
+    fastv_scores,
     pyramid_drop_scores,
     random_scores,
     stride_scores,
@@ -68,8 +69,10 @@ def score(selector: Selector, signals: Signals, target: Int[Array, " B"]) -> Flo
     if selector.name == "div_prune":
         ranks = div_prune_ranks(signals.hidden, visual, visual.shape[1])
         return -ranks.astype(jnp.float32)
-    if selector.name in ("fastv", "pyramid_drop"):
-        # The prompt's last token: the query that FastV reads, and the last of the instruction.
+    if selector.name == "fastv":
+        return fastv_scores(*signals.heads(), signals.lengths, sm_scale=signals.sm_scale)
+    if selector.name == "pyramid_drop":
+        # The prompt ends where the answer begins: its last token is the last of the instruction.
         last = signals.lengths - 1
         return pyramid_drop_scores(*signals.heads(), last, sm_scale=signals.sm_scale)
     from_text, from_visual = signals.mass()

@@ -1,9 +1,9 @@
 """Scores of QUOTA's peers and controls, as pure functions of arrays; higher is kept.
 
 Batched with masks: one row per sample, scores of places that are no real visual token are never
-compared. On CPU a sample's scores depend neither on padding nor on batch neighbours. FastV,
-PyramidDrop and DivPrune are not wired into the decoder's stages. VTW needs no score: it is a stage
-that keeps 0, at the layer that ``withdrawal_layer`` finds.
+compared. On CPU a sample's scores depend neither on padding nor on batch neighbours.
+``scores.score`` maps a recipe's selectors to them. VTW needs no score: it is a stage that keeps 0,
+at the layer that ``withdrawal_layer`` finds.
 """
 
 from __future__ import annotations

@@ -110,8 +110,9 @@ def test_a_four_bit_block_takes_half_a_byte_per_weight(tmp_path):
         for file in (path / "state" / "decoder_layer_000").rglob("*")
         if file.is_file()
     )
-    # Random nibbles do not compress; 8 KiB is what Orbax adds per block.
-    assert weights / 2 < on_disk - others < weights / 2 + 8192
+    # Random nibbles do not compress. Orbax adds some 7 to 11 KB per block, the more the more often
+    # its concurrent writes touch the index.
+    assert weights / 2 < on_disk - others < weights / 2 + 32 * 1024
 
 
 def test_sizes_add_up(tmp_path):

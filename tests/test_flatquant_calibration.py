@@ -199,15 +199,14 @@ def test_smoothquant_moves_outliers_into_the_weights(checkpoints, tmp_path):
 def test_outliers_at_four_bits(checkpoints, tmp_path):
     original, outliers = checkpoints
     exact = logits(original)
-    # Four-bit weights alone cost some 0.5 here: outliers add less where activations have 8 bits.
-    for label, bound in (("W4A8KV4", 0.8), ("W4A4KV4", 0.65)):
-        options = FlatQuantOptions(steps=200)
-        calibrate(outliers, tmp_path / label, parse(label), samples=samples_of(12), options=options)
-        calibrate(outliers, tmp_path / f"r{label}", QuantizationConfig.parse(label))
-        rounded, learned = (distance(logits(tmp_path / f"{r}{label}"), exact) for r in ("r", ""))
-        print(f"{label}: rounded {rounded:.3f}, learned {learned:.3f}")
-        assert rounded > 0.8
-        assert learned < bound * rounded
+    options, label = FlatQuantOptions(steps=80), "W4A4KV4"
+    calibrate(outliers, tmp_path / "flat", parse(label), samples=samples_of(8), options=options)
+    calibrate(outliers, tmp_path / "rtn", QuantizationConfig.parse(label))
+    rounded, learned = (distance(logits(tmp_path / name), exact) for name in ("rtn", "flat"))
+    print(f"{label}: rounded {rounded:.3f}, learned {learned:.3f}")
+    # Four-bit weights alone cost some 0.5 here.
+    assert rounded > 0.8
+    assert learned < 0.65 * rounded
 
 
 KILLED = """

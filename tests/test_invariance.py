@@ -54,11 +54,12 @@ def test_a_sample_alone_equals_itself_in_any_batch_and_bucket(vlm, recipe):
         return np.asarray(logits), out.tokens
 
     whole_logits, whole_tokens = run([0, 1, 2, 3])
-    for row in range(4):
-        for options in ({}, {"text_bucket": 96}, {"text_bucket": 192, "images_per_prompt": 3}):
-            logits, tokens = run([row], **options)
-            np.testing.assert_array_equal(logits[0], whole_logits[row])
-            np.testing.assert_array_equal(tokens[0], whole_tokens[row])
+    # Every shape is a program to compile: a few that differ in all bounds stand for the others.
+    wide = {"text_bucket": 192, "images_per_prompt": 3}
+    for row, options in ((0, {}), (1, {"text_bucket": 96}), (0, wide), (2, wide), (3, wide)):
+        logits, tokens = run([row], **options)
+        np.testing.assert_array_equal(logits[0], whole_logits[row])
+        np.testing.assert_array_equal(tokens[0], whole_tokens[row])
 
 
 def test_prompts_of_one_bucket_and_sampling_parameters_compile_once(vlm):

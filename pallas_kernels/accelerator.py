@@ -1,4 +1,4 @@
-"""Which GPU is there, and running a kernel only where its platform is."""
+"""Which accelerator is there, and running a kernel only where its platform is."""
 
 from __future__ import annotations
 
@@ -34,9 +34,23 @@ def find_gpu() -> Gpu | None:
     return Gpu(capability=(int(major), int(minor or 0)), num_sms=int(device.core_count or 1))
 
 
-def on_gpu(kernel: Callable[..., Any], elsewhere: Callable[..., Any]) -> Callable[..., Any]:
-    """``kernel`` where the program is compiled for NVIDIA, ``elsewhere`` on other platforms.
+@functools.cache
+def has_tpu() -> bool:
+    """Whether jax sees a TPU."""
+    try:
+        return bool(jax.devices("tpu"))
+    except RuntimeError:
+        return False
+
+
+def on_platform(
+    platform: str, kernel: Callable[..., Any], elsewhere: Callable[..., Any]
+) -> Callable[..., Any]:
+    """``kernel`` where the program is compiled for ``platform`` ("cuda", "tpu"), ``elsewhere`` on
+    others.
 
     Chosen when a program is lowered: a process with a GPU may still run a program on its CPU.
     """
-    return lambda *arrays: jax.lax.platform_dependent(*arrays, cuda=kernel, default=elsewhere)
+    return lambda *arrays: jax.lax.platform_dependent(
+        *arrays, **{platform: kernel}, default=elsewhere
+    )

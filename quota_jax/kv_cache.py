@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.accelerator import find_gpu, on_gpu
+from pallas_kernels.accelerator import find_gpu, on_platform
 from pallas_kernels.kv4_attention import (
     BLOCK,
     decode_attention,
@@ -130,7 +130,7 @@ class CacheGroup:
             )
 
         arrays = self.key, self.value, query, lengths, jnp.asarray(layer, jnp.int32)
-        return on_gpu(at_once, blockwise)(*arrays) if find_gpu() else blockwise(*arrays)
+        return on_platform("cuda", at_once, blockwise)(*arrays) if find_gpu() else blockwise(*arrays)
 
 
 def encode(x: Float[Array, "*rows H"], bits: int, dtype) -> tuple[Array, ...]:

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.accelerator import find_gpu, on_gpu
+from pallas_kernels.accelerator import find_gpu, on_platform
 from pallas_kernels.attention.reference import causal_attention
 from pallas_kernels.dispatch import AUTO, resolve
 
@@ -59,7 +59,7 @@ def sequence_attention(
     arrays = query, key, value, lengths.astype(jnp.int32)
     if name == "xla":
         return reference(*arrays)
-    return library(*arrays) if impl != AUTO else on_gpu(library, reference)(*arrays)
+    return library(*arrays) if impl != AUTO else on_platform("cuda", library, reference)(*arrays)
 
 
 def automatic(dtype: Any, head_dim: int) -> str:

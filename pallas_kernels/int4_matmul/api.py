@@ -7,11 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.accelerator import find_gpu, on_gpu
+from pallas_kernels.accelerator import find_gpu, has_tpu, on_platform
 from pallas_kernels.dispatch import AUTO, resolve
 from pallas_kernels.int4_matmul.reference import int4_matmul_reference
 
-IMPLEMENTATIONS = ("mosaic_gpu", "pallas_triton", "xla")
+IMPLEMENTATIONS = ("mosaic_gpu", "pallas_triton", "pallas_tpu", "xla")
 GEMV_ROWS = 4
 """Up to so many tokens the dot-product kernel is faster than the tensor-core one."""
 
@@ -59,17 +59,20 @@ def int4_matmul(
         return reference(*arrays)
     if name == "mosaic_gpu":
         from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic as kernel
+    elif name == "pallas_tpu":
+        from pallas_kernels.int4_matmul.pallas_tpu import int4_matmul_tpu as kernel
     else:
         from pallas_kernels.int4_matmul.pallas_triton import int4_matmul_dot as kernel
     if impl != AUTO:
         return kernel(*arrays, out_dtype=out_dtype)
-    return on_gpu(lambda *a: kernel(*a, out_dtype=out_dtype), reference)(*arrays)
+    platform = "tpu" if name == "pallas_tpu" else "cuda"
+    return on_platform(platform, lambda *a: kernel(*a, out_dtype=out_dtype), reference)(*arrays)
 
 
 def automatic(rows: int, outputs: int, inputs: int) -> str:
     """The fastest implementation that can run here, for ``rows`` tokens."""
     refused = refusals(rows, outputs, inputs)
-    order = ("pallas_triton", "mosaic_gpu") if rows <= GEMV_ROWS else ("mosaic_gpu",)
+    order = (*(("pallas_triton",) if rows <= GEMV_ROWS else ()), "mosaic_gpu", "pallas_tpu")
     return next((name for name in order if name not in refused), "xla")
 
 
@@ -88,4 +91,6 @@ def refusals(rows: int, outputs: int, inputs: int) -> dict[str, str]:
         found["pallas_triton"] = f"{inputs} inputs: must be a multiple of 8 below 131072"
     elif rows > 16:
         found["pallas_triton"] = f"{rows} tokens: at most 16"
+    if not has_tpu():
+        found["pallas_tpu"] = "it needs a TPU"
     return found

@@ -6,12 +6,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels.accelerator import find_gpu, on_gpu
+from pallas_kernels.accelerator import find_gpu, has_tpu, on_platform
 from pallas_kernels.attention.reference import BLOCK
 from pallas_kernels.dispatch import AUTO, resolve
 from pallas_kernels.kv4_attention.reference import decode_attention, dequantize
 
-IMPLEMENTATIONS = ("pallas_triton", "xla")
+IMPLEMENTATIONS = ("pallas_triton", "pallas_tpu", "xla")
 
 
 def kv4_attention(
@@ -47,26 +47,35 @@ def kv4_attention(
 
     if name == "xla":
         return reference(*arrays)
-    from pallas_kernels.kv4_attention.pallas_triton import kv4_attention_split
+    if name == "pallas_tpu":
+        from pallas_kernels.kv4_attention.pallas_tpu import kv4_attention_tpu as run
+    else:
+        from pallas_kernels.kv4_attention.pallas_triton import kv4_attention_split as run
 
     def kernel(*arrays):
-        return kv4_attention_split(*arrays, sm_scale=sm_scale)
+        return run(*arrays, sm_scale=sm_scale)
 
-    return kernel(*arrays) if impl != AUTO else on_gpu(kernel, reference)(*arrays)
+    if impl != AUTO:
+        return kernel(*arrays)
+    return on_platform("tpu" if name == "pallas_tpu" else "cuda", kernel, reference)(*arrays)
 
 
 def automatic(head_dim: int) -> str:
-    """The kernel wherever it can run."""
-    return "xla" if "pallas_triton" in refusals(head_dim) else "pallas_triton"
+    """A kernel wherever one can run."""
+    refused = refusals(head_dim)
+    return next((name for name in IMPLEMENTATIONS if name not in refused), "xla")
 
 
 def refusals(head_dim: int) -> dict[str, str]:
-    """Why the kernel cannot run here."""
+    """Why a kernel cannot run here."""
+    found = {}
     if find_gpu() is None:
-        return {"pallas_triton": "it needs an NVIDIA GPU"}
-    if head_dim % 8:
-        return {"pallas_triton": f"heads of {head_dim}: a multiple of 8 is needed"}
-    return {}
+        found["pallas_triton"] = "it needs an NVIDIA GPU"
+    elif head_dim % 8:
+        found["pallas_triton"] = f"heads of {head_dim}: a multiple of 8 is needed"
+    if not has_tpu():
+        found["pallas_tpu"] = "it needs a TPU"
+    return found
 
 
 def _reference(

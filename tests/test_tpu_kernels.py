@@ -63,8 +63,8 @@ def test_the_matmul_is_exact(rows, outputs, inputs):
 )
 def test_decode_attention_equals_the_reference(heads, kv_heads, capacity, dim):
     arrays = attention_arrays(heads, kv_heads, capacity, dim)
-    found = kv4_attention_tpu(*arrays, jnp.int32(1), sm_scale=dim**-0.5, interpret=INTERPRET)
-    expected = kv4_attention(*arrays, 1, sm_scale=dim**-0.5, impl="xla")
+    found = kv4_attention_tpu(*arrays, layer=jnp.int32(1), sm_scale=dim**-0.5, interpret=INTERPRET)
+    expected = kv4_attention(*arrays, layer=1, sm_scale=dim**-0.5, impl="xla")
     np.testing.assert_allclose(found, expected, atol=2e-6 * float(jnp.abs(expected).max()) + 1e-6)
 
 
@@ -73,8 +73,8 @@ def test_nothing_past_the_lengths_is_read_into_the_result():
     outside = jnp.arange(64) >= rest[-1][None, :, None, None]
     spoilt = (jnp.where(outside, jnp.nan, scale) for scale in (key_scale, value_scale))
     run = functools.partial(kv4_attention_tpu, sm_scale=0.2, interpret=INTERPRET)
-    clean = run(query, key, value, key_scale, value_scale, *rest, jnp.int32(0))
-    np.testing.assert_array_equal(run(query, key, value, *spoilt, *rest, jnp.int32(0)), clean)
+    clean = run(query, key, value, key_scale, value_scale, *rest, layer=jnp.int32(0))
+    np.testing.assert_array_equal(run(query, key, value, *spoilt, *rest, layer=jnp.int32(0)), clean)
 
 
 def lower_for_tpu(function, *arrays) -> str:

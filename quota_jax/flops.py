@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from quota_jax.config import LlavaConfig, ModelConfig, QwenVlConfig, TextConfig
 from quota_jax.errors import QuotaError
-from quota_jax.recipe import Recipe, kept
+from quota_jax.recipe import MERGING, Recipe, Stage
 
 COUNTED = ("entry", "exit")
 GATED, PLAIN = 3, 2
@@ -108,7 +108,7 @@ def executed_flops(
     """
     text = config.text
     counts = _tokens(text, recipe, visual_tokens, text_tokens)
-    scores = _score_flops(text, recipe, counts, visual_tokens + text_tokens)
+    scores = _score_flops(config, recipe, counts, visual_tokens + text_tokens)
     layers = tuple(
         LayerFlops(
             attention_tokens=incoming,
@@ -122,7 +122,8 @@ def executed_flops(
     elif grids is not None:
         raise QuotaError(f"grids are for models with pictures of any size, got {list(grids)}")
     else:
-        vision, projector = _llava_vision(config, visual_tokens)
+        merging = next((s for s in recipe.stages if s.selector.name in MERGING), None)
+        vision, projector = _llava_vision(config, visual_tokens, merging, recipe)
     return Flops(
         layers=layers,
         vision=vision,
@@ -132,22 +133,34 @@ def executed_flops(
 
 
 def _score_flops(
-    text: TextConfig, recipe: Recipe, counts: Sequence[tuple[int, int]], length: int
+    config: ModelConfig, recipe: Recipe, counts: Sequence[tuple[int, int]], length: int
 ) -> list[int]:
     """Matrix products that scoring adds to each layer: query-key products once more for attention
-    mass, the layer's projections on all incoming tokens for PyramidDrop, cosines for DivPrune."""
+    mass, the layer's projections on all incoming tokens for PyramidDrop, cosines for DivPrune and
+    MMTok. What VisionZip adds is part of the vision tower."""
+    text = config.text
     queries, keys = text.num_heads * text.head_dim, text.num_kv_heads * text.head_dim
     added = [0] * text.num_layers
     for stage in recipe.stages:
         name, layer = stage.selector.name, stage.layer
-        if name in ("quota", "text_attention"):
+        prior = getattr(stage.selector.options, "prior", None)
+        if name in ("quota", "text_attention", "sqap") or prior == "text_attention":
             added[layer] += queries * counts[layer][0] ** 2
         elif name == "pyramid_drop":
             incoming = counts[layer - 1][1] if layer else length
             added[layer] += incoming * text.hidden_size * (queries + keys)
         elif name == "div_prune":
             added[layer] += text.hidden_size * length**2
+        elif name == "mmtok":
+            added[layer] += (text.hidden_size + _tower_width(config)) * length**2
     return added
+
+
+def _tower_width(config: ModelConfig) -> int:
+    """Features of the vision tower that belong to one visual token."""
+    if isinstance(config, QwenVlConfig):
+        return config.vision.hidden_size * config.vision.merge_unit
+    return config.vision.hidden_size * len(config.vision_feature_layers)
 
 
 def _tokens(
@@ -167,13 +180,19 @@ def _tokens(
     keep, left = {stage.layer: stage.keep for stage in recipe.stages}, visual_tokens
     counts = []
     for layer, incoming in enumerate(recipe.tokens_per_layer(visual_tokens)):
-        left = kept(visual_tokens, keep[layer]) if layer in keep else left
+        left = recipe.target(visual_tokens, keep[layer]) if layer in keep else left
         counts.append((incoming + text_tokens, left + text_tokens))
     return counts
 
 
-def _llava_vision(config: LlavaConfig, visual_tokens: int) -> tuple[int, int]:
-    """CLIP runs up to the last feature layer, over the patches and the class token."""
+def _llava_vision(
+    config: LlavaConfig, visual_tokens: int, merging: Stage | None, recipe: Recipe
+) -> tuple[int, int]:
+    """CLIP runs up to the last feature layer, over the patches and the class token.
+
+    VisionZip projects that layer's input once more, compares keys, adds up states, and sends fewer
+    of them through the projector.
+    """
     vision, width = config.vision, config.text.hidden_size
     pictures, rest = divmod(visual_tokens, config.tokens_per_image)
     if rest:
@@ -184,8 +203,12 @@ def _llava_vision(config: LlavaConfig, visual_tokens: int) -> tuple[int, int]:
     layer = 4 * n * d * d + 2 * n * n * d + PLAIN * n * d * vision.intermediate_size
     patches = vision.num_patches * vision.num_channels * vision.patch_size**2 * d
     tower = patches + max(config.feature_states) * layer
-    projector = visual_tokens * width * (d * len(config.vision_feature_layers) + width)
-    return pictures * tower, projector
+    features = _tower_width(config)
+    projected = config.tokens_per_image
+    if merging is not None:
+        tower += 3 * n * d * d + n * n * (vision.head_dim + features)
+        projected = recipe.target(projected, merging.keep)
+    return pictures * tower, pictures * projected * width * (features + width)
 
 
 def _qwen_vision(

@@ -108,10 +108,9 @@ def check_recipe(model: VisionLanguageModel, recipe: Recipe | None) -> Recipe:
 
 @functools.partial(jax.jit, static_argnames=("recipe", "room"))
 def _prefill(model: VisionLanguageModel, batch: Batch, *, recipe: Recipe, room: int):
-    sequence = sequence_of(batch)
-    x = model.embed(batch, model.visual_features(batch.pixels))
+    x, sequence, vision = model.decoder_input(batch, recipe)
     position = sequence.next_position
-    x, final, caches = model.decoder.prefill(x, sequence, recipe)
+    x, final, caches = model.decoder.prefill(x, sequence, recipe, vision)
     last = jnp.maximum(final.lengths - 1, 0)[:, None, None]
     logits = model.decoder.logits(jnp.take_along_axis(x, last, axis=1)[:, 0])
     cache = Cache(

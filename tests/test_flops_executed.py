@@ -12,6 +12,7 @@ import pytest
 
 import pallas_kernels.attention.reference as attention_reference
 import pallas_kernels.attention_mass.reference as mass_reference
+import quota_jax.prune.mmtok as mmtok
 from quota_jax.batch import Batch, Patches
 from quota_jax.config import (
     LlavaConfig,
@@ -138,14 +139,34 @@ def qwen_program():
         Recipe.uniform(
             num_layers=4, layers=[1, 3], keep=0.2, point="before_attention", selector="random"
         ),
+        Recipe(
+            num_layers=4,
+            stages=(
+                Stage(layer=0, keep=0.5, point="input", selector=Selector(name="mmtok")),
+                Stage(layer=2, keep=0.3, selector=Selector(name="sqap")),
+            ),
+        ),
     ],
-    ids=["none", "quota", "withdrawn", "entry"],
+    ids=["none", "quota", "withdrawn", "entry", "mmtok"],
 )
 def test_executed_flops_equal_the_matrix_products_of_the_program(monkeypatch, program, recipe):
     config, batch, grids = program()
     # Attention pads to whole blocks; blocks of one token leave the real products.
     monkeypatch.setattr(attention_reference, "BLOCK", 1)
     monkeypatch.setattr(mass_reference, "BLOCK", 1)
+    monkeypatch.setattr(mmtok, "BLOCK", 1)
+    assert_products(config, batch, grids, recipe)
+
+
+def test_executed_flops_of_visionzip_equal_the_matrix_products_of_the_program(monkeypatch):
+    config, batch, grids = llava_program()
+    monkeypatch.setattr(attention_reference, "BLOCK", 1)
+    first = Stage(layer=0, keep=0.5, point="input", selector=Selector(name="visionzip"))
+    recipe = Recipe(num_layers=4, stages=(first,), positions="renumber")
+    assert_products(config, batch, grids, recipe)
+
+
+def assert_products(config, batch, grids, recipe):
     model = build_model(config, None, init_params(config, jax.random.key(0)))
     traced_prefill: Any = _prefill
     made = jax.make_jaxpr(

@@ -124,6 +124,13 @@ RECIPES = {
         num_layers=LAYERS, layers=[1, 3], keep=0.25, selector="pyramid_drop"
     ),
     "div_prune": Recipe.uniform(num_layers=LAYERS, layers=[0], keep=0.4, selector="div_prune"),
+    "mmtok_then_a_floor_per_picture": Recipe(
+        num_layers=LAYERS,
+        stages=(
+            Stage(layer=0, keep=0.7, point="input", selector=Selector(name="mmtok")),
+            Stage(layer=2, keep=0.2, min_keep_per_image=4),
+        ),
+    ),
     "renumber": Recipe.uniform(
         num_layers=LAYERS, layers=[0, 2], keep=0.2, selector="random", positions="renumber"
     ),

@@ -8,6 +8,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import sequence_attention
+from pallas_kernels.stable import exp_difference, fixed_order_sum, rounded
 from quota_jax.config import VisionConfig
 from quota_jax.models.build import attention, linear, mlp, norm, tree
 from quota_jax.nn.linear import matmul
@@ -50,6 +51,20 @@ class VisionTower(nnx.Module):
         )
         x = jnp.concatenate([first, patches], axis=1)
         return self.pre_norm(x + self.position_embed.weight[...].astype(x.dtype))
+
+    def class_attention(
+        self, x: Float[Array, "P V D"], index: Array
+    ) -> tuple[Float[Array, "P V"], Float[Array, "P V H"]]:
+        """In the layer that reads ``x``: the attention of the class token, summed over heads, and
+        the keys, mean over heads; float32."""
+        q, k, _ = self.layers.attn.project(self.layers.norm1(x, index), index)
+        query, key = q[:, 0].astype(jnp.float32), k.astype(jnp.float32)
+        products = rounded(rounded(query * self.config.head_dim**-0.5)[:, None] * key)
+        scores = fixed_order_sum(products)
+        weights = exp_difference(scores, scores.max(1, keepdims=True))
+        weights = rounded(weights / fixed_order_sum(weights.swapaxes(1, 2))[:, None])
+        heads = fixed_order_sum(k.astype(jnp.float32).transpose(0, 1, 3, 2))
+        return fixed_order_sum(weights), rounded(heads / k.shape[2])
 
     def layer(self, x: Float[Array, "P V D"], index: Array) -> Float[Array, "P V D"]:
         layers = self.layers

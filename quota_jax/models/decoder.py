@@ -77,10 +77,14 @@ class Decoder(nnx.Module):
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
     def prefill(
-        self, x: Float[Array, "B S D"], sequence: Sequence, recipe: Recipe
+        self,
+        x: Float[Array, "B S D"],
+        sequence: Sequence,
+        recipe: Recipe,
+        vision: Float[Array, "B S F"] | None = None,
     ) -> tuple[Float[Array, "B R D"], Sequence, list[LayerCache]]:
         """Runs all layers under ``recipe``; returns final states, the surviving tokens and the
-        caches."""
+        caches. ``vision``: what a stage at the input may read, see ``Signals``."""
         caches: list[LayerCache] = []
         done = 0
         for stage in recipe.stages:
@@ -90,7 +94,8 @@ class Decoder(nnx.Module):
             inner = None
             if inside or stage.selector.name == "pyramid_drop":
                 inner = self._project(x, sequence, layer)
-            signals = self._signals(x, sequence, layer, inner)
+            seen = vision if stage.point == "input" else None
+            signals = self._signals(x, sequence, layer, inner, seen)
             if not inside or inner is None:
                 x, sequence, _ = self._prune(x, sequence, stage, recipe, signals)
                 continue
@@ -152,7 +157,9 @@ class Decoder(nnx.Module):
     def _sm_scale(self) -> float:
         return self.config.head_dim**-0.5
 
-    def _signals(self, x, sequence: Sequence, layer: Array, inner: Projected | None) -> Signals:
+    def _signals(
+        self, x, sequence: Sequence, layer: Array, inner: Projected | None, vision: Array | None
+    ) -> Signals:
         """What a stage at this layer can be scored by (Eq. 6); ``inner`` None: not by its heads."""
         qkv = self.layers.attn.qkv
         error = None
@@ -161,20 +168,19 @@ class Decoder(nnx.Module):
             error = residual(rows, qkv.activation_bits, qkv.clipping(layer)).reshape(x.shape[:2])
         return Signals(
             hidden=x,
-            lengths=sequence.lengths,
-            is_visual=sequence.is_visual,
-            is_text=sequence.is_text,
+            sequence=sequence,
             query=None if inner is None else inner.query,
             key=None if inner is None else inner.key,
             residual=error,
+            vision=vision,
             sm_scale=self._sm_scale,
         )
 
     def _prune(self, x, sequence: Sequence, stage: Stage, recipe: Recipe, signals: Signals):
-        scores = score(stage.selector, signals, budget(sequence, stage.keep))
-        sequence, order = select(
-            sequence, scores, stage.keep, renumber=recipe.positions == "renumber"
-        )
+        target = budget(sequence, recipe, stage.keep)
+        limit = recipe.target(sequence.original_bucket, stage.keep)
+        scores = score(stage.selector, signals, target, limit)
+        sequence, order = select(sequence, scores, stage, recipe)
         return gather(x, order), sequence, order
 
     def step(

@@ -12,12 +12,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.stable import fixed_order_sum, rounded
 from quota_jax.errors import QuotaError
+from quota_jax.prune.mmtok import mmtok_ranks
+from quota_jax.prune.options import MmtokOptions, QaprunerOptions, SqapOptions
+from quota_jax.prune.qapruner import qapruner_score, relevance
+from quota_jax.prune.rescale import rescale
+from quota_jax.prune.select import Sequence, grid_of, picture_shares
 from quota_jax.prune.selectors import (
     div_prune_ranks,
     fastv_scores,
@@ -25,6 +29,7 @@ from quota_jax.prune.selectors import (
     random_scores,
     stride_scores,
 )
+from quota_jax.prune.sqap import sqap_ranks
 from quota_jax.prune.weights import QuotaWeights
 from quota_jax.quant.quantizers import quantize_activation
 from quota_jax.recipe import Selector
@@ -36,22 +41,29 @@ class Signals:
 
     hidden: input states of the layer (of the decoder, for a stage at its input). query, key: after
     rotation, keys as the cache stores them. residual: norm of the quantization error of the input
-    of q, k and v (None where inputs are not quantized).
+    of q, k and v (None where inputs are not quantized). vision: features of the vision tower before
+    the projector (None but at the decoder's input, for a selector that reads them).
     """
 
     hidden: Float[Array, "B S D"]
-    lengths: Int[Array, " B"]
-    is_visual: Bool[Array, "B S"]
-    is_text: Bool[Array, "B S"]
+    sequence: Sequence
     query: Float[Array, "B S N H"] | None = None
     key: Float[Array, "B S K H"] | None = None
     residual: Float[Array, "B S"] | None = None
+    vision: Float[Array, "B S F"] | None = None
     sm_scale: float = 1.0
 
     def mass(self) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
         """Attention that each token receives from text and from visual queries."""
         query, key = self.heads()
-        return attention_mass(query, key, self.lengths, self.is_visual, sm_scale=self.sm_scale)
+        sequence = self.sequence
+        return attention_mass(
+            query, key, sequence.lengths, sequence.is_visual, sm_scale=self.sm_scale
+        )
+
+    def text_attention(self) -> Float[Array, "B S"]:
+        """Mean attention from the text queries after each token."""
+        return inter(self.mass()[0], self.sequence.is_text)
 
     def heads(self) -> tuple[Float[Array, "B S N H"], Float[Array, "B S K H"]]:
         assert self.query is not None, "this selector stands inside a layer"
@@ -59,25 +71,49 @@ class Signals:
         return self.query, self.key
 
 
-def score(selector: Selector, signals: Signals, target: Int[Array, " B"]) -> Float[Array, "B S"]:
-    """Scores of every place (only visual ones are compared). ``target`` is K of each sample."""
-    visual, text = signals.is_visual, signals.is_text
+def score(
+    selector: Selector, signals: Signals, target: Int[Array, " B"], limit: int
+) -> Float[Array, "B S"]:
+    """Scores of every place (only visual ones are compared). ``target`` is K of each sample, at
+    most ``limit``."""
+    sequence, options = signals.sequence, selector.options
+    visual, text = sequence.is_visual, sequence.is_text
+    if isinstance(options, MmtokOptions):
+        if signals.vision is None:
+            raise QuotaError("selector 'mmtok' needs the features of the vision tower")
+        ranks = mmtok_ranks(signals.hidden, signals.vision, visual, text, limit, options)
+        return -ranks.astype(jnp.float32)
+    if isinstance(options, QaprunerOptions):
+        inside = options.prior == "text_attention"
+        prior = signals.text_attention() if inside else relevance(signals.hidden, text)
+        return qapruner_score(
+            signals.hidden, prior, visual, alpha=options.alpha, group_size=options.group_size
+        )
+    if isinstance(options, SqapOptions):
+        attention, share = signals.text_attention(), options.preserved
+        grid = grid_of(sequence)
+        ranks = sqap_ranks(attention, grid, visual, target, limit, preserved=share)
+        return -ranks.astype(jnp.float32)
+    if selector.name == "visionzip":
+        # The new tokens already stand in the first places of each picture.
+        place, share = picture_shares(sequence, target)
+        return (place < share).astype(jnp.float32)
     if selector.name == "random":
         return random_scores(visual, selector.seed)
     if selector.name == "stride":
         return stride_scores(visual, target)
     if selector.name == "div_prune":
-        ranks = div_prune_ranks(signals.hidden, visual, visual.shape[1])
+        ranks = div_prune_ranks(signals.hidden, visual, limit)
         return -ranks.astype(jnp.float32)
     if selector.name == "fastv":
-        return fastv_scores(*signals.heads(), signals.lengths, sm_scale=signals.sm_scale)
+        return fastv_scores(*signals.heads(), sequence.lengths, sm_scale=signals.sm_scale)
     if selector.name == "pyramid_drop":
         # The prompt ends where the answer begins: its last token is the last of the instruction.
-        last = signals.lengths - 1
+        last = sequence.lengths - 1
         return pyramid_drop_scores(*signals.heads(), last, sm_scale=signals.sm_scale)
-    from_text, from_visual = signals.mass()
     if selector.name == "text_attention":
-        return inter(from_text, text)
+        return signals.text_attention()
+    from_text, from_visual = signals.mass()
     metrics = {
         "inter": inter(from_text, text),
         "magnitude": magnitude(signals.hidden),
@@ -128,44 +164,6 @@ def intra(
     if causal_mean:
         count = count - jnp.cumsum(is_visual, axis=1) + is_visual
     return mass / jnp.maximum(count, 1)
-
-
-def rescale(
-    metric: Float[Array, "B S"],
-    is_visual: Bool[Array, "B S"],
-    *,
-    percentiles: tuple[float, float] = (5.0, 95.0),
-) -> Float[Array, "B S"]:
-    """Clips to the percentiles over a sample's real visual tokens and rescales to [0, 1] (Eq. 7).
-
-    Percentiles interpolate linearly, as numpy's. A metric whose percentiles are equal becomes 0.
-    """
-    low, high = percentiles
-    if not 0 <= low < high <= 100:
-        raise QuotaError(f"percentiles must ascend within [0, 100], got {percentiles}")
-    metric = metric.astype(jnp.float32)
-    count = is_visual.sum(1)
-    ordered = jnp.sort(jnp.where(is_visual, metric, jnp.inf), axis=1)
-    # Places past the last visual token would make inf - inf where a sample has none.
-    ordered = jnp.where(jnp.arange(metric.shape[1])[None] < count[:, None], ordered, 0.0)
-    bottom, top = (_percentile(ordered, count, q)[:, None] for q in percentiles)
-    span = top - bottom
-    scaled = (jnp.clip(metric, bottom, top) - bottom) / jnp.where(span > 0, span, 1.0)
-    return jnp.where(is_visual & (span > 0), scaled, 0.0)
-
-
-def _percentile(
-    ordered: Float[Array, "B S"], count: Int[Array, " B"], q: float
-) -> Float[Array, " B"]:
-    """Percentile of the first ``count`` of ascending values; place and fraction by tables made in
-    Python (float32 on the device would round them)."""
-    place = np.maximum(np.arange(ordered.shape[1] + 1) - 1, 0) * q / 100
-    below = np.floor(place).astype(np.int32)
-    fraction = jnp.asarray((place - below).astype(np.float32))[count]
-    above = jnp.asarray(np.ceil(place).astype(np.int32))[count]
-    at = jnp.stack([jnp.asarray(below)[count], above], axis=1)
-    lower, upper = jnp.take_along_axis(ordered, at, axis=1).T
-    return lower + rounded((upper - lower) * fraction)
 
 
 def quota_score(

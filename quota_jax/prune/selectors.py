@@ -23,7 +23,10 @@ NEGATIVE = -1e30
 
 
 def random_scores(is_visual: Bool[Array, "B S"], seed: int) -> Float[Array, "B S"]:
-    """Uniform draws: the i-th visual token of every sample gets the same one."""
+    """Uniform draws: the i-th visual token of every sample gets the same one.
+
+    A control; positions as the recipe says (``keep`` by default).
+    """
     ordinal = jnp.cumsum(is_visual, axis=1) - 1
     key = jax.random.key(seed)
     draw = jax.vmap(lambda i: jax.random.uniform(jax.random.fold_in(key, i)))
@@ -31,7 +34,10 @@ def random_scores(is_visual: Bool[Array, "B S"], seed: int) -> Float[Array, "B S
 
 
 def stride_scores(is_visual: Bool[Array, "B S"], target: Int[Array, " B"]) -> Float[Array, "B S"]:
-    """1 for ``target`` evenly spaced visual tokens of a sample, 0 for the others."""
+    """1 for ``target`` evenly spaced visual tokens of a sample, 0 for the others.
+
+    A control; positions as the recipe says (``keep`` by default).
+    """
     ordinal = jnp.cumsum(is_visual, axis=1) - 1
     count = jnp.maximum(is_visual.sum(1), 1)[:, None]
     step = target[:, None]
@@ -73,7 +79,8 @@ def fastv_scores(
     """FastV: the last token's attention, mean over heads.
 
     As its code has it (pkunlp-icler/FastV; the paper averages over all queries): queries and keys
-    of layer K-1, tokens dropped at the entry of layer K, original positions kept.
+    of layer K-1, tokens dropped at the entry of layer K, original positions kept. As a stage: after
+    the attention of layer K-1, whose own cache is not trimmed.
     """
     return pyramid_drop_scores(query, key, lengths - 1, sm_scale=sm_scale)
 
@@ -104,7 +111,8 @@ def div_prune_ranks(
     its nearest picked one; ties to the lowest index. ``features`` are the projector's outputs.
     Tokens not picked within ``count`` turns, and places that are not visual, rank ``S``. The first
     k turns are the picks for every budget k <= ``count``: ``-ranks`` is a score. Holds one
-    ``S x S`` matrix of cosines.
+    ``S x S`` matrix of cosines. The authors' decoder sees the shorter sequence in ascending order
+    (vbdi/divprune, issue 8), numbered without gaps (``renumber``).
     """
     batch, length, _ = features.shape
     padded = -(-length // BLOCK) * BLOCK
@@ -142,21 +150,30 @@ def withdrawal_layer(
     """VTW's K: the first of ``layers`` with mean KL(full || withdrawn at it) <= eta.
 
     Logits of the next token on some 20 samples; the authors search from layer 5 with eta .003
-    (7B), .0005 (13B), 1e-4 (LLaVA-NeXT-7B).
+    (7B), .0005 (13B), 1e-4 (LLaVA-NeXT-7B). ``vtw.find_withdrawal`` runs the model for it.
     """
-    if len(withdrawn) != len(layers):
-        raise QuotaError(f"logits of {len(withdrawn)} withdrawals for {len(layers)} layers")
+    return first_below(divergences(full, withdrawn).mean(1), layers, eta)
+
+
+def divergences(
+    full: Float[np.ndarray, "samples vocab"], withdrawn: Float[np.ndarray, "layers samples vocab"]
+) -> Float[np.ndarray, "layers samples"]:
+    """KL(full || withdrawn) of each sample in nats, from logits; float64."""
     log_full = _log_softmax(full)
-    smallest = np.inf
-    for layer, logits in zip(layers, withdrawn, strict=True):
-        log_ratio = log_full - _log_softmax(logits)
-        divergence = float((np.exp(log_full) * log_ratio).sum(-1).mean())
-        if divergence <= eta:
+    ratio = [(log_full - _log_softmax(logits)) for logits in withdrawn]
+    return np.stack([(np.exp(log_full) * part).sum(-1) for part in ratio])
+
+
+def first_below(means: Float[np.ndarray, " layers"], layers: Sequence[int], eta: float) -> int:
+    """The first of ``layers`` whose mean divergence is at most ``eta``."""
+    if len(means) != len(layers):
+        raise QuotaError(f"logits of {len(means)} withdrawals for {len(layers)} layers")
+    for layer, mean in zip(layers, means, strict=True):
+        if mean <= eta:
             return layer
-        smallest = min(smallest, divergence)
     raise QuotaError(
         f"withdrawing at no layer of {list(layers)} has mean KL <= {eta}; the smallest is "
-        f"{smallest:.4g}"
+        f"{min(means):.4g}"
     )
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: official questions, answers in compiled batches, scores and their comparison."""

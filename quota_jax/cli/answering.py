@@ -1,4 +1,4 @@
-"""What ``generate`` and ``chat`` share: their options, and a checkpoint that answers."""
+"""What commands that answer share: their options, and a checkpoint that answers one by one."""
 
 from __future__ import annotations
 
@@ -20,19 +20,9 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnswerOptions:
-    """Sampling, recipe and template of an answer."""
+class RecipeOptions:
+    """Which visual tokens are kept, and in which precision it is computed."""
 
-    max_new: int = 32
-    """Most new tokens of an answer."""
-    temperature: float = 0.0
-    """0 always takes the most likely token."""
-    top_p: float = 1.0
-    """Sample from the smallest set of tokens with this probability."""
-    top_k: int = 0
-    """Sample from this many most likely tokens; 0 is off."""
-    seed: int = 0
-    """Equal seeds give equal samples."""
     recipe_none: bool = False
     """Keep all visual tokens, whatever the checkpoint's recipe says."""
     keep: float | None = None
@@ -57,6 +47,22 @@ class AnswerOptions:
             return checkpoint.recipe
         layers = self.layers or default_layers(checkpoint.config)
         return Recipe.uniform(num_layers=depth, layers=layers, keep=self.keep)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnswerOptions(RecipeOptions):
+    """Sampling, recipe and precision of an answer."""
+
+    max_new: int = 32
+    """Most new tokens of an answer."""
+    temperature: float = 0.0
+    """0 always takes the most likely token."""
+    top_p: float = 1.0
+    """Sample from the smallest set of tokens with this probability."""
+    top_k: int = 0
+    """Sample from this many most likely tokens; 0 is off."""
+    seed: int = 0
+    """Equal seeds give equal samples."""
 
 
 class Answerer:

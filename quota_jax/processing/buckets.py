@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -62,11 +63,14 @@ class Buckets:
         """The smallest patch bucket that holds a picture of `count` patches."""
         return _pick(self.patches, count, "patches in a picture", "patches")
 
+    def for_pictures(self, count: int) -> int:
+        """The smallest step of `image_slots` that holds `count` pictures."""
+        return _pick(self.image_slots, count, "pictures", "image_slots")
+
     def slots(self, count: int, shape: Shape) -> int:
         """Picture slots for `count` pictures: the pinned number, or the smallest step."""
-        what = "pictures in the batch"
-        slots = pinned(shape.image_slots, count, "image_slots", what)
-        return _pick(self.image_slots, count, what, "image_slots") if slots is None else slots
+        slots = pinned(shape.image_slots, count, "image_slots", "pictures in the batch")
+        return self.for_pictures(count) if slots is None else slots
 
     def for_rows(self, count: int) -> int:
         """The number of batch rows for `count` prompts."""
@@ -112,6 +116,17 @@ def assemble(
     visual_rows: Sequence[Sequence[np.ndarray]],
     positions: Sequence[np.ndarray],
     pixels: np.ndarray | Patches,
+    **layout: Any,
+) -> Batch:
+    """The batch that `lay_out` makes of the same arguments, on the device."""
+    return jax.tree.map(jnp.asarray, lay_out(prompts, visual_rows, positions, pixels, **layout))
+
+
+def lay_out(
+    prompts: Sequence[np.ndarray],
+    visual_rows: Sequence[Sequence[np.ndarray]],
+    positions: Sequence[np.ndarray],
+    pixels: np.ndarray | Patches,
     *,
     placeholders: Collection[int],
     text_bucket: int,
@@ -119,7 +134,7 @@ def assemble(
     batch_size: int,
     filler_id: int,
 ) -> Batch:
-    """Lays prompts, each picture one token in them, out as a `Batch`.
+    """Lays prompts, each picture one token in them, out as a `Batch` of numpy arrays.
 
     Every placeholder becomes as many tokens as its picture has rows. Rows of the batch beyond the
     prompts hold one text token, `filler_id`.
@@ -154,15 +169,14 @@ def assemble(
         if rows:
             visual_index[row, :length][visual] = np.concatenate(rows)
         places[row, :length] = place
-    return Batch(
-        tokens=jnp.asarray(tokens),
-        lengths=jnp.asarray(lengths),
-        visual_index=jnp.asarray(visual_index),
-        positions=jnp.asarray(places),
-        pixels=jax.tree.map(jnp.asarray, pixels),
-        text_bucket=text_bucket,
-        visual_bucket=visual_bucket,
-    )
+    host: dict[str, Any] = {
+        "tokens": tokens,
+        "lengths": lengths,
+        "visual_index": visual_index,
+        "positions": places,
+        "pixels": pixels,
+    }
+    return Batch(**host, text_bucket=text_bucket, visual_bucket=visual_bucket)
 
 
 def pinned(value: int | None, needed: int, name: str, what: str) -> int | None:

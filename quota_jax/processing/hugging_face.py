@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,13 +30,43 @@ def transformers() -> ModuleType:
     return module
 
 
+class _Silence:
+    """Hides Python warnings while any thread is inside.
+
+    The filters belong to the process: with `warnings.catch_warnings` alone, threads that overlap
+    put back each other's, and the last one leaves the wrong ones behind.
+    """
+
+    def __init__(self):
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters = ExitStack()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            if not self._inside:
+                self._filters.enter_context(warnings.catch_warnings())
+                warnings.simplefilter("ignore")
+            self._inside += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._inside -= 1
+                if not self._inside:
+                    self._filters.close()
+
+
+without_warnings = _Silence()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Hides Python warnings and transformers' log lines below errors."""
     log = transformers().utils.logging
     level = log.get_verbosity()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
+    with without_warnings():
         log.set_verbosity_error()
         try:
             yield

@@ -6,7 +6,6 @@ The PIL classes are named outright: the torchvision ones give other pixels and n
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,13 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from quota_jax.errors import QuotaError
-from quota_jax.processing.hugging_face import first_line, quiet, read_json, transformers
+from quota_jax.processing.hugging_face import (
+    first_line,
+    quiet,
+    read_json,
+    transformers,
+    without_warnings,
+)
 
 PIL_CLASSES = {
     "CLIPFeatureExtractor": "CLIPImageProcessorPil",
@@ -58,8 +63,7 @@ def open_picture(
 def _read_file(path: str, max_image_pixels: int, exif_orientation: bool) -> Image.Image:
     try:
         # Opened here, not by Pillow, so that the file is closed whatever the decoder does.
-        with open(path, "rb") as file, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with open(path, "rb") as file, without_warnings():
             picture = Image.open(file)
             return _decode(picture, path, max_image_pixels, exif_orientation)
     except QuotaError:

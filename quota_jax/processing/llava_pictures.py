@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -14,7 +14,7 @@ from quota_jax.config import LlavaConfig
 from quota_jax.errors import QuotaError
 from quota_jax.processing.buckets import Buckets, Shape, pinned
 from quota_jax.processing.images import pil_image_processor, read_image_settings
-from quota_jax.processing.pictures import Picture, PictureReader, Video
+from quota_jax.processing.pictures import Bounds, Picture, PictureReader, Video
 
 PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor")
 
@@ -22,6 +22,8 @@ PROCESSORS = ("CLIPImageProcessor", "CLIPFeatureExtractor", "LlavaImageProcessor
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LlavaPictures(PictureReader):
     """Each picture is one float32[3, image_size, image_size] and ``tokens_per_image`` tokens."""
+
+    any_size: ClassVar[bool] = False
 
     image_token_id: int
     image_size: int
@@ -64,6 +66,12 @@ class LlavaPictures(PictureReader):
                 f"the vision tower takes {expected}"
             )
         return Picture(pixels=pixels, num_tokens=self.tokens_per_image)
+
+    def count_tokens(self, size: tuple[int, int]) -> int:
+        return self.tokens_per_image
+
+    def bounds(self, sizes: Sequence[tuple[int, int]], buckets: Buckets) -> Bounds:
+        return Bounds(pictures=buckets.for_pictures(len(sizes)))
 
     def visual_bucket(
         self, prompts: Sequence[Sequence[Picture]], buckets: Buckets, shape: Shape

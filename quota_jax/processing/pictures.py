@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import os
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -15,7 +14,7 @@ from PIL import Image
 from quota_jax.batch import Patches
 from quota_jax.errors import QuotaError
 from quota_jax.processing.buckets import Buckets, Shape
-from quota_jax.processing.hugging_face import first_line
+from quota_jax.processing.hugging_face import first_line, without_warnings
 from quota_jax.processing.images import default_pixel_limit, open_picture
 
 
@@ -54,6 +53,32 @@ class Picture:
         return self.grid[0]
 
 
+@dataclass(frozen=True, kw_only=True, slots=True, order=True)
+class Bounds:
+    """Shapes of a prompt's pictures, each rounded up to a bucket.
+
+    pictures: picture slots. visual, patches: visual tokens of the prompt and patches of its largest
+    picture; None where pictures have one size. windows: the bound on that picture's attention
+    windows.
+    """
+
+    pictures: int
+    visual: int | None = None
+    patches: int | None = None
+    windows: int = 0
+
+    def pins(self, prompts: int) -> dict[str, int]:
+        """What to pin for a batch of so many such prompts (see `Processor.lay_out`)."""
+        slots = self.pictures * prompts
+        if self.visual is None or self.patches is None:
+            return {"image_slots": slots, "images_per_prompt": self.pictures}
+        return {
+            "image_slots": slots,
+            "visual_bucket": self.visual,
+            "patch_bucket": self.patches,
+        }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PictureReader(ABC):
     """One model family's way with pictures.
@@ -64,6 +89,9 @@ class PictureReader(ABC):
     """
 
     image_processor: Any
+    any_size: ClassVar[bool]
+    """Whether the tokens of a picture depend on its size."""
+
     max_image_pixels: int = field(default_factory=default_pixel_limit)
     exif_orientation: bool = False
     placeholders: Mapping[int, str] = field(default_factory=dict)
@@ -80,6 +108,21 @@ class PictureReader(ABC):
     @abstractmethod
     def read(self, image: Any, name: str) -> Picture:
         """Opens and preprocesses one input; ``name`` is for errors."""
+
+    @abstractmethod
+    def count_tokens(self, size: tuple[int, int]) -> int:
+        """The visual tokens of a still picture of this width and height."""
+
+    @abstractmethod
+    def bounds(self, sizes: Sequence[tuple[int, int]], buckets: Buckets) -> Bounds:
+        """The shapes that a prompt with still pictures of these sizes needs.
+
+        Prompts of equal bounds, and with as many rows, make batches of one shape.
+
+        Args:
+            sizes: width and height of each picture in pixels; any number where ``any_size`` is
+                False.
+        """
 
     @abstractmethod
     def visual_bucket(
@@ -119,8 +162,7 @@ class PictureReader(ABC):
         """What the image processor makes of one picture."""
         try:
             # Pillow warns about palettes with transparency, which the conversion handles.
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            with without_warnings():
                 return self.image_processor([picture], do_convert_rgb=True, return_tensors="np")
         except Exception as error:  # modes Pillow cannot convert, settings at odds with each other
             raise QuotaError(f"{name}: cannot be processed: {first_line(error)}") from None

@@ -7,12 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from quota_jax.batch import Batch
 from quota_jax.config import ModelConfig
 from quota_jax.errors import QuotaError
-from quota_jax.processing.buckets import Buckets, Shape, assemble, pinned, read_shape
+from quota_jax.processing.buckets import Buckets, Shape, lay_out, pinned, read_shape
 from quota_jax.processing.llava_pictures import LlavaPictures
 from quota_jax.processing.pictures import Picture, PictureReader, Video
 from quota_jax.processing.qwen_pictures import QwenPictures
@@ -136,9 +138,33 @@ class Processor:
         """
         bounds = read_shape(shape)
         prompts, images = self.render(conversations, template, add_generation_prompt)
-        bos = self.tokenizer.bos_token
-        add_special = [not (bos and prompt.startswith(bos)) for prompt in prompts]
-        return self._batch(images, prompts, add_special, bounds, max_new_tokens)
+        return self._batch(images, prompts, self._add_special(prompts), bounds, max_new_tokens)
+
+    def encode(
+        self,
+        conversations: Sequence[Sequence[Mapping[str, Any]]],
+        template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> tuple[list[np.ndarray], list[list[Any]]]:
+        """Token ids of each conversation, one for each picture, and its pictures as they are.
+
+        The first half of `chat`, for callers that read pictures elsewhere (`pictures.read`) and
+        then call `lay_out`.
+        """
+        prompts, images = self.render(conversations, template, add_generation_prompt)
+        self._check_counts(images, prompts)
+        return self._encode(images, prompts, self._add_special(prompts)), images
+
+    def lay_out(
+        self, ids: Sequence[np.ndarray], pictures: Sequence[Sequence[Picture]], **shape: int | None
+    ) -> Batch:
+        """The batch of encoded prompts and read pictures, in numpy arrays on the host.
+
+        Args:
+            ids: int32[n] token ids of each prompt, one for each picture (see `encode`).
+            shape: as for `__call__`.
+        """
+        return self._lay_out(ids, pictures, read_shape(shape))
 
     def render(
         self,
@@ -213,16 +239,28 @@ class Processor:
             raise QuotaError("the list of prompts is empty")
         images = [[] for _ in prompts] if images is None else images
         self._check_counts(images, prompts)
-        ids = [
-            self._tokenize(place, prompt, images[place], special)
-            for place, (prompt, special) in enumerate(zip(prompts, add_special, strict=True))
-        ]
+        ids = self._encode(images, prompts, add_special)
         read = self.pictures.read_all(images)
         for place, (prompt_ids, pictures) in enumerate(zip(ids, read, strict=True)):
             self._check_room(place, len(prompt_ids), pictures, max_new_tokens)
-        return self._assemble(ids, read, shape)
+        return jax.tree.map(jnp.asarray, self._lay_out(ids, read, shape))
 
-    def _assemble(
+    def _add_special(self, prompts: Sequence[str]) -> list[bool]:
+        bos = self.tokenizer.bos_token
+        return [not (bos and prompt.startswith(bos)) for prompt in prompts]
+
+    def _encode(
+        self,
+        images: Sequence[Sequence[Any]],
+        prompts: Sequence[str],
+        add_special: Iterable[bool],
+    ) -> list[np.ndarray]:
+        return [
+            self._tokenize(place, prompt, images[place], special)
+            for place, (prompt, special) in enumerate(zip(prompts, add_special, strict=True))
+        ]
+
+    def _lay_out(
         self, ids: Sequence[np.ndarray], read: Sequence[Sequence[Picture]], shape: Shape
     ) -> Batch:
         """Chooses the shapes and lays everything out."""
@@ -232,7 +270,7 @@ class Processor:
         text_bucket = pinned(shape.text_bucket, texts, "text_bucket", "text tokens in a prompt")
         pixels, rows = self.pictures.pack([p for row in read for p in row], self.buckets, shape)
         left = iter(rows)
-        return assemble(
+        return lay_out(
             ids,
             [[next(left) for _ in row] for row in read],
             [self.pictures.positions(*pair) for pair in zip(visual, read, strict=True)],

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -16,7 +17,7 @@ from quota_jax.config import QwenVlConfig
 from quota_jax.errors import QuotaError
 from quota_jax.processing.buckets import Buckets, Shape, pinned
 from quota_jax.processing.images import pil_image_processor, read_image_settings
-from quota_jax.processing.pictures import Picture, PictureReader, Video
+from quota_jax.processing.pictures import Bounds, Picture, PictureReader, Video
 from quota_jax.processing.windows import patch_coordinates, rope_positions, window_order
 
 PROCESSORS = ("Qwen2VLImageProcessor",)
@@ -27,6 +28,8 @@ USUAL_ASPECT = 4
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QwenPictures(PictureReader):
     """A picture of ``rows x columns`` patches is ``rows * columns / merge_unit`` tokens."""
+
+    any_size: ClassVar[bool] = True
 
     config: QwenVlConfig
 
@@ -122,6 +125,48 @@ class QwenPictures(PictureReader):
             frame_step=vision.tokens_per_second * depth / video.fps,
         )
 
+    def count_tokens(self, size: tuple[int, int]) -> int:
+        rows, columns = self._grid(*size)
+        return rows * columns // self.config.vision.merge_unit
+
+    def bounds(self, sizes: Sequence[tuple[int, int]], buckets: Buckets) -> Bounds:
+        grids = [self._grid(*size) for size in sizes]
+        unit, side = self.config.vision.merge_unit, self.config.vision.window_units
+        patches = [rows * columns for rows, columns in grids]
+        bucket = self._patch_bucket(buckets.for_patches(max(patches, default=0)))
+        return Bounds(
+            pictures=buckets.for_pictures(len(sizes)),
+            visual=buckets.for_visual(sum(map(self.count_tokens, sizes))),
+            patches=bucket,
+            windows=max_windows(
+                bucket // unit, side, max(map(self._window_count, grids), default=0)
+            ),
+        )
+
+    def _grid(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of patches of a picture of this size, as `_patches` finds them."""
+        processor = self.image_processor
+        if processor.do_resize:
+            resize = sys.modules[type(processor).__module__].smart_resize
+            height, width = resize(
+                height,
+                width,
+                processor.patch_size * processor.merge_size,
+                min_pixels=processor.size["shortest_edge"],
+                max_pixels=processor.size["longest_edge"],
+            )
+        return height // processor.patch_size, width // processor.patch_size
+
+    def _window_count(self, grid: tuple[int, int]) -> int:
+        vision = self.config.vision
+        rows, columns = (size // vision.spatial_merge_size for size in grid)
+        return len(window_order(rows, columns, vision.window_units).lengths)
+
+    def _patch_bucket(self, patches: int) -> int:
+        """Whole tokens, and whole blocks of the attention: so padding changes no bit on the CPU."""
+        step = math.lcm(self.config.vision.merge_unit, 64)
+        return -(-patches // step) * step
+
     def visual_bucket(
         self, prompts: Sequence[Sequence[Picture]], buckets: Buckets, shape: Shape
     ) -> int:
@@ -138,9 +183,7 @@ class QwenPictures(PictureReader):
         slots = buckets.slots(sum(picture.slots for picture in pictures), shape)
         most = max((picture.pixels.shape[1] for picture in pictures), default=0)
         bucket = pinned(shape.patch_bucket, most, "patch_bucket", "patches in a picture")
-        bucket = buckets.for_patches(most) if bucket is None else bucket
-        # Whole tokens, and whole blocks of the attention: so padding changes no bit on the CPU.
-        bucket = -(-bucket // math.lcm(unit, 64)) * math.lcm(unit, 64)
+        bucket = self._patch_bucket(buckets.for_patches(most) if bucket is None else bucket)
         orders = [
             window_order(*(size // vision.spatial_merge_size for size in picture.grid[1:]), side)
             for picture in pictures

@@ -108,6 +108,7 @@ def executed_flops(
     """
     text = config.text
     counts = _tokens(text, recipe, visual_tokens, text_tokens)
+    recipe = recipe.canonical()  # a stage that drops nothing scores nothing
     scores = _score_flops(config, recipe, counts, visual_tokens + text_tokens)
     layers = tuple(
         LayerFlops(

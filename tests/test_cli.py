@@ -263,8 +263,11 @@ def test_examples_are_complete_commands() -> None:
     for name, (where, _) in COMMANDS.items():
         module, _, attribute = where.partition(":")
         kind = getattr(importlib.import_module(f"quota_jax.cli.{module}"), attribute)
-        (line,) = [row for row in kind.__doc__.splitlines() if row.strip().startswith("quota-jax")]
-        assert parse(kind, name, shlex.split(line)[2:]) is not None
+        _, _, examples = kind.__doc__.partition("For example:")
+        commands = examples.replace("\\", " ").replace("\n", " ").split("quota-jax ")[1:]
+        assert commands, name
+        for command in commands:
+            assert parse(kind, name, shlex.split(command)[1:]) is not None
 
 
 def test_overview_and_version(capsys) -> None:

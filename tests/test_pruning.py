@@ -283,7 +283,7 @@ def test_quota_keeps_the_tokens_of_equations_6_to_9(model, label):
     decoder, sequence = model.decoder, sequence_of(batch)
     x = model.embed(batch, model.visual_features(batch.pixels))
     x, _ = decoder.layer(x, sequence, jnp.int32(0))
-    inner = decoder._project(x, sequence, jnp.int32(1))
+    inner = decoder.project(x, sequence, jnp.int32(1))
     for b in range(2):
         n = int(batch.lengths[b])
         visual = np.asarray(batch.is_visual)[b, :n]

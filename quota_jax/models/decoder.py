@@ -93,7 +93,7 @@ class Decoder(nnx.Module):
             inside = stage.point == "after_attention"
             inner = None
             if inside or stage.selector.name == "pyramid_drop":
-                inner = self._project(x, sequence, layer)
+                inner = self.project(x, sequence, layer)
             seen = vision if stage.point == "input" else None
             signals = self._signals(x, sequence, layer, inner, seen)
             if not inside or inner is None:
@@ -126,11 +126,11 @@ class Decoder(nnx.Module):
 
     def layer(self, x: Float[Array, "B S D"], sequence: Sequence, index: Array):
         """One layer on all its tokens: the new states, and what its cache stores."""
-        inner = self._project(x, sequence, index)
+        inner = self.project(x, sequence, index)
         x = self._attend(x, sequence, index, inner)
         return self._feed_forward(x, index), inner.stored
 
-    def _project(self, x, sequence: Sequence, layer: Array) -> Projected:
+    def project(self, x, sequence: Sequence, layer: Array) -> Projected:
         """Queries, keys and values of a layer; the latter two read back from what is stored."""
         cos, sin = rotary_angles(self.config, sequence.positions)
         normed = self.layers.norm1(x, layer)

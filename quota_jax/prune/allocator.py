@@ -150,12 +150,18 @@ def quota_recipe(
     ratios: Sequence[float],
     *,
     selector: str | Selector = "text_attention",
-    point: str = "after_attention",
+    point: str | None = None,
     positions: str = "keep",
     trim_own_cache: bool = True,
+    min_keep_per_image: int = 0,
+    reference_tokens: int | None = None,
 ) -> Recipe:
     """One stage per candidate layer that keeps ``ratios`` of the original visual tokens; the
-    budgets K = ceil(r n) follow from ``recipe.kept`` (Eq. 5)."""
+    budgets K = ceil(r n) follow from ``recipe.kept`` (Eq. 5).
+
+    ``point`` None takes the selector's own. ``reference_tokens``: n is this V_0 for every sample,
+    see ``Recipe``.
+    """
     layers = _layers(candidates)
     if len(ratios) != len(layers):
         raise QuotaError(f"{len(ratios)} ratios for {len(layers)} candidate layers")
@@ -164,13 +170,20 @@ def quota_recipe(
         Stage(
             layer=layer,
             keep=float(ratio),
-            point=point,
+            point=point or named.points[-1],
             selector=named,
             trim_own_cache=trim_own_cache,
+            min_keep_per_image=min_keep_per_image,
         )
         for layer, ratio in zip(layers, ratios, strict=True)
     )
-    return Recipe(num_layers=num_layers, stages=stages, positions=positions)
+    return Recipe(
+        num_layers=num_layers,
+        stages=stages,
+        positions=positions,
+        budget="sample" if reference_tokens is None else "reference",
+        reference_tokens=reference_tokens,
+    )
 
 
 def _layers(candidates: Sequence[int]) -> tuple[int, ...]:

@@ -1,0 +1,51 @@
+"""What a benchmark family hands to the writer: question files and the pictures they name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from quota_jax.testbed.world.layout import Difficulty
+
+SPLITS: dict[str, int] = {"dev": 1, "test": 2}
+"""Seed of each split. Training draws from jax.random, so its scenes are others."""
+_STREAM = 77
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bundle:
+    """One family's content.
+
+    files: path inside the family's folder -> bytes. pictures: path -> scene index.
+    uniforms, difficulty: the scenes. assemble: for formats that carry pictures inside, makes
+    further files from the PNG bytes of `pictures`, which then are no files of their own.
+    """
+
+    files: Mapping[str, bytes]
+    pictures: Mapping[str, int]
+    uniforms: np.ndarray
+    difficulty: Difficulty
+    questions: int
+    assemble: Callable[[Callable[[str], bytes]], Mapping[str, bytes]] | None = None
+    extra_hashed: Mapping[str, bytes] = field(default_factory=dict)
+    """Content that stands for assembled files in hashes of questions: all but the pictures."""
+
+    def question_hashes(self) -> dict[str, str]:
+        """sha256 of every question file, by path; the same on every platform."""
+        content = {**self.files, **self.extra_hashed}
+        return {path: hashlib.sha256(data).hexdigest() for path, data in sorted(content.items())}
+
+
+def generator(family: str, split: str) -> np.random.Generator:
+    """The random generator of a family and split."""
+    name = int.from_bytes(hashlib.sha256(family.encode()).digest()[:4], "little")
+    return np.random.default_rng([_STREAM, SPLITS[split], name])
+
+
+def json_bytes(value: object) -> bytes:
+    """JSON as the official files have it, one line, keys in order of insertion."""
+    return (json.dumps(value) + "\n").encode()

@@ -18,6 +18,12 @@ DTYPES: dict[str, np.dtype] = {
 }
 """Dtypes that a conversion can be asked for."""
 
+_INTEGERS = {
+    "I8": np.dtype(np.int8),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+}
+
 # Unsigned view and exponent bits: all of them set means NaN or infinity.
 _EXPONENTS = {
     np.dtype(np.float32): (np.uint32, 0x7F800000),
@@ -108,7 +114,7 @@ def _largest(dtype: np.dtype) -> str:
 
 def safetensors_name(dtype: np.dtype) -> str:
     """The name that safetensors has for a NumPy dtype."""
-    for name, known in FLOAT_DTYPES.items():
+    for name, known in (*FLOAT_DTYPES.items(), *_INTEGERS.items()):
         if known == dtype:
             return name
     raise QuotaError(f"dtype {dtype} has no place in a Hugging Face checkpoint")

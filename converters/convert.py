@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from converters.blocks import check_plan, parse_dtype, read_block
-from converters.families import layout_label, read_config, rules_of
+from converters.families import layout_label, read_any_config, rules_of
 from converters.hf_reader import HfReader
-from converters.rules import make_plan
+from converters.import_quantized import (
+    is_quantized,
+    quantization_of,
+    read_quantized,
+    without_zero_biases,
+)
+from converters.quantized_config import Scheme
+from converters.quantized_tensors import QuantizedTensors
+from converters.rules import Assignment, make_plan
 from converters.sources import open_source
 from quota_jax.checkpoint import FORMAT_VERSION, CheckpointWriter
 from quota_jax.errors import QuotaError
@@ -37,41 +46,58 @@ def convert(
 ) -> Path:
     """Converts a local folder or a hub id; returns the path of the finished checkpoint.
 
+    Matrices that AWQ (GEMM), GPTQ or compressed-tensors (pack-quantized) has quantized to 4 bits
+    keep their codes, scales and zero points, for 16-bit activations.
+
     Peak host memory stays within 3 x the largest block + 1 GiB. A killed run leaves
     `<out>.partial`, which the same command resumes; `out` appears only when complete.
 
     Args:
-        dtype: "float32", "float16" or "bfloat16" for all tensors; None keeps each tensor's own.
+        dtype: "float32", "float16" or "bfloat16" for all float tensors but the scales of quantized
+            matrices; None keeps each tensor's own.
 
     Raises:
-        QuotaError: `out` exists; the source is not a whole, finite, unquantized safetensors
-            checkpoint of a known model that fits its config.json (file and tensor are named).
+        QuotaError: `out` exists; the source is not a whole, finite safetensors checkpoint of a
+            known model, quantized in no other way, that fits its config.json (file and tensor are
+            named).
     """
     out = Path(out)
     target = parse_dtype(dtype)
     if os.path.lexists(out):
         raise QuotaError(f"{out} already exists")
     origin = open_source(source)
-    hf_config, config = read_config(origin)
+    hf_config, config, scheme = read_any_config(origin)
     reader = HfReader(origin)
-    expected = blocks(config)
-    plan = make_plan(rules_of(config), config, expected, reader.infos, str(origin.folder))
-    check_plan(reader, plan, target)
+    expected, table, where = blocks(config), rules_of(config), str(origin.folder)
+    quantization, tensors, infos = QuantizationConfig.none, None, reader.infos
+    if scheme is not None:
+        tensors = QuantizedTensors(reader, scheme)
+        infos = without_zero_biases(tensors, table, config, expected)
+    plan = make_plan(table, config, expected, infos, where)
+    if tensors is not None:
+        quantization = quantization_of(plan, tensors, where)
+    # Of each block: what is read as it is, and what is quantized.
+    tasks = {name: _split(assignments, tensors) for name, assignments in plan.blocks.items()}
+    plain = {name: floats for name, (floats, _) in tasks.items()}
+    check_plan(reader, dataclasses.replace(plan, blocks=plain), target)
     assets = origin.read_assets()
     with CheckpointWriter(
         out,
         config=config,
-        quantization=QuantizationConfig.none,
+        quantization=quantization,
         provenance={"source": origin.name, "layout": plan.layout, "dtype": dtype or "as stored"},
         assets=assets,
-        fingerprint=_fingerprint(reader, hf_config, assets, target),
+        fingerprint=_fingerprint(reader, hf_config, scheme, assets, target),
         hf_config=hf_config if target is None else _with_dtype(hf_config, target.name),
         hf_layout=layout_label(plan.layout, plan.tied_copy is not None),
     ) as writer:
-        for done, (name, assignments) in enumerate(plan.blocks.items(), start=1):
+        for done, (name, (floats, quantized)) in enumerate(tasks.items(), start=1):
             if name not in writer.finished:
                 try:
-                    params = read_block(reader, assignments, target)
+                    params = read_block(reader, floats, target)
+                    if tensors is not None:
+                        for assignment in quantized:
+                            params |= read_quantized(tensors, assignment, quantization)
                 except QuotaError:
                     # The source is unusable: no later run could take up what is written so far.
                     shutil.rmtree(writer.partial)
@@ -83,9 +109,20 @@ def convert(
     return out
 
 
+def _split(
+    assignments: Sequence[Assignment], tensors: QuantizedTensors | None
+) -> tuple[tuple[Assignment, ...], tuple[Assignment, ...]]:
+    """Float parameters and quantized ones."""
+    if tensors is None:
+        return tuple(assignments), ()
+    quantized = tuple(a for a in assignments if is_quantized(a, tensors))
+    return tuple(a for a in assignments if a not in quantized), quantized
+
+
 def _fingerprint(
     reader: HfReader,
     hf_config: Mapping[str, Any],
+    scheme: Scheme | None,
     assets: Mapping[str, bytes],
     dtype: np.dtype | None,
 ) -> str:
@@ -93,6 +130,7 @@ def _fingerprint(
     identity = {
         "format_version": FORMAT_VERSION,
         "config": hf_config,
+        "scheme": None if scheme is None else dataclasses.asdict(scheme),
         "files": sorted(reader.file_states()),
         "assets": {name: hashlib.sha256(data).hexdigest() for name, data in assets.items()},
         "dtype": None if dtype is None else dtype.name,

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -42,14 +45,25 @@ def export_hf(
     Raises:
         QuotaError: `out` exists, the layout is unknown, or the checkpoint is quantized.
     """
-    out = Path(out).absolute()
     checkpoint = open_checkpoint(checkpoint_path)
     refuse_quantized(checkpoint)
+    with new_folder(out) as (folder, finish):
+        plan = export_plan(checkpoint, layout)
+        _write_tensors(checkpoint, plan, folder, max_shard_size, progress)
+        write_small_files(checkpoint, folder)
+        finish()
+    return Path(out).absolute()
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[tuple[Path, Callable[[], None]]]:
+    """A folder to fill, and a function that gives it the name ``out``; without that call, or after
+    an error, nothing is left."""
+    out = Path(out).absolute()
     if os.path.lexists(out):
         raise QuotaError(f"{out} already exists")
     if not out.parent.is_dir():
         raise QuotaError(f"{out.parent} is not a folder")
-    plan = export_plan(checkpoint, layout)
     partial = out.with_name(out.name + _TEMPORARY)
     if partial.is_dir() and not partial.is_symlink():
         shutil.rmtree(partial)  # what a killed export left: it cannot be resumed
@@ -57,27 +71,28 @@ def export_hf(
         partial.mkdir()
     except OSError as error:
         raise QuotaError(f"{partial}: cannot be made: {error.strerror}") from None
-    try:
-        _write_tensors(checkpoint, plan, partial, max_shard_size, progress)
-        _write_small_files(checkpoint, partial)
+
+    def finish() -> None:
         if os.path.lexists(out):
             raise QuotaError(f"{out} already exists")
         partial.rename(out)
+
+    try:
+        yield partial, finish
     except OSError as error:
         raise QuotaError(
             f"{error.filename or partial}: cannot be written: {error.strerror}"
         ) from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return out
 
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
-    """Only unquantized weights have a Hugging Face form in this version."""
+    """Only unquantized weights have a plain Hugging Face form."""
     if checkpoint.quantization.weight_bits < 16:
         raise QuotaError(
-            f"{checkpoint.path} is quantized ({checkpoint.quantization.label}): only unquantized "
-            "checkpoints are written in Hugging Face format in this version"
+            f"{checkpoint.path} is quantized ({checkpoint.quantization.label}): the plain Hugging "
+            "Face format holds unquantized weights only; give --format compressed-tensors or native"
         )
 
 
@@ -124,11 +139,19 @@ def _write_tensors(
     writer.finish()
 
 
-def _write_small_files(checkpoint: Checkpoint, folder: Path) -> None:
-    config = checkpoint.hf_config or {
-        **checkpoint.config.to_hf(),
-        "dtype": checkpoint.dtype.name,
-    }
+def write_small_files(
+    checkpoint: Checkpoint, folder: Path, quantization: Mapping[str, Any] | None = None
+) -> None:
+    """config.json, with a quantization_config where one is given, and the tokenizer's files."""
+    config = dict(
+        checkpoint.hf_config
+        or {
+            **checkpoint.config.to_hf(),
+            "dtype": checkpoint.dtype.name,
+        }
+    )
+    if quantization is not None:
+        config["quantization_config"] = quantization
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for name in ASSET_FILES:
         asset = checkpoint.assets_dir / name

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.llava_rules import LLAVA_RULES
+from converters.quantized_config import Scheme, parse_scheme, split_config
 from converters.qwen2_5_vl_rules import QWEN_RULES
 from converters.rules import RuleTable
 from converters.sources import Source
@@ -13,7 +14,6 @@ from quota_jax.config import ModelConfig, config_from_hf
 from quota_jax.errors import QuotaError
 
 _TABLES: dict[str, RuleTable] = {"llava": LLAVA_RULES, "qwen2_5_vl": QWEN_RULES}
-_QUANTIZED = ("quantization_config", "compression_config")
 _HEAD_COPY = "+lm_head"
 
 
@@ -27,24 +27,34 @@ def read_config(source: Source) -> tuple[dict[str, Any], ModelConfig]:
 
     Quantized checkpoints, unknown model types and unusable values are refused, naming the file.
     """
-    content = source.read_json("config.json")
-    sections = [content, *(part for part in content.values() if isinstance(part, Mapping))]
-    for section in sections:
-        for key in _QUANTIZED:
-            if section.get(key) is not None:
-                method = (
-                    section[key].get("quant_method") if isinstance(section[key], dict) else None
-                )
-                raise QuotaError(
-                    f"{source.folder / 'config.json'} has {key} ({method or 'unnamed method'}): "
-                    "quantized checkpoints are not read in this version; give the original weights"
-                )
+    content, config, scheme = read_any_config(source)
+    if scheme is not None:
+        raise QuotaError(
+            f"{source.folder / 'config.json'} describes quantized weights ({scheme.method}); give "
+            "the original ones"
+        )
+    return content, config
+
+
+def read_any_config(source: Source) -> tuple[dict[str, Any], ModelConfig, Scheme | None]:
+    """config.json without its quantization, the model's configuration, and how matrices are
+    quantized (None: not at all)."""
+    where = source.folder / "config.json"
+    content, found = split_config(source.read_json("config.json"))
+    scheme = None
+    if found is not None:
+        key, section = found
+        method = section.get("quant_method") if isinstance(section, Mapping) else None
+        try:
+            scheme = parse_scheme(section)
+        except QuotaError as error:
+            raise QuotaError(f"{where} has {key} ({method or 'unnamed method'}): {error}") from None
     try:
-        return content, config_from_hf(content)
+        return content, config_from_hf(content), scheme
     except QuotaError as error:
-        raise QuotaError(f"{source.folder / 'config.json'}: {error}") from None
+        raise QuotaError(f"{where}: {error}") from None
     except (TypeError, ValueError, AttributeError) as error:  # a field of another type
-        raise QuotaError(f"{source.folder / 'config.json'} is not usable: {error}") from None
+        raise QuotaError(f"{where} is not usable: {error}") from None
 
 
 def layout_label(layout: str, head_copy: bool) -> str:

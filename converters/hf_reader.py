@@ -73,6 +73,11 @@ class HfReader:
         with self._open(self.infos[name].file) as shard:
             return shard.get_tensor(name)
 
+    def read_integers(self, name: str) -> np.ndarray:
+        """One tensor of I32 or I64, as stored."""
+        with self._open(self.infos[name].file) as shard:
+            return shard.get_tensor(name)
+
     def same(self, left: str, right: str) -> bool:
         """Whether two tensors have equal dtype, shape and bits; compared by pieces."""
         one, other = self.infos[left], self.infos[right]

@@ -130,7 +130,8 @@ class CacheGroup:
             )
 
         arrays = self.key, self.value, query, lengths, jnp.asarray(layer, jnp.int32)
-        return on_platform("cuda", at_once, blockwise)(*arrays) if find_gpu() else blockwise(*arrays)
+        attend = on_platform("cuda", at_once, blockwise) if find_gpu() else blockwise
+        return attend(*arrays)
 
 
 def encode(x: Float[Array, "*rows H"], bits: int, dtype) -> tuple[Array, ...]:

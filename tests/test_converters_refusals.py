@@ -117,7 +117,7 @@ def test_configs(tmp_path: Path, change: dict[str, Any], match: str) -> None:
 def test_quantization_inside_a_section(tmp_path: Path) -> None:
     source = write_tiny_llava(tmp_path / "hf")
     change_config(source, "text_config", quantization_config={"quant_method": "gptq"})
-    refuse(source, r"has quantization_config \(gptq\): quantized checkpoints are not read")
+    refuse(source, r"has quantization_config \(gptq\): bits are None; only 4 is read")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00", "[" * 100_000])

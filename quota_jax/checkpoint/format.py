@@ -40,10 +40,13 @@ ASSETS = "assets"
 STATE = "state"
 JOURNAL = ".journal"
 
+# Parameters of a quantized matrix beside its codes.
+_OF_CODES = ("scale", "zeros", "group_index", "input_scale", "left", "right", "clip")
+
 FLOAT_DTYPES = ("bfloat16", "float16", "float32")
 _DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    **{name: np.dtype(name) for name in ("float16", "float32", "int8", "uint8")},
+    **{name: np.dtype(name) for name in ("float16", "float32", "int8", "int32", "uint8")},
 }
 _BLOCK = re.compile(r"[a-z][a-z0-9_]*")
 _ASSET = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._\-]*")
@@ -124,14 +127,14 @@ def is_storable(dtype: np.dtype) -> bool:
 def castable(params: Mapping[str, jax.ShapeDtypeStruct]) -> set[str]:
     """Names of the float parameters of free dtype: all but those of quantized matrices.
 
-    Their scales, and the factors and clipping of their inputs, keep the dtype that the codes were
-    made for.
+    Their scales and zeros, and the factors and clipping of their inputs, keep the dtype that the
+    codes were made for.
     """
     fixed = set()
     for name in params:
         stem, _, kind = name.rpartition(".")
         if kind in ("packed", "codes"):
-            fixed |= {name, *(f"{stem}.{part}" for part in ("scale", "left", "right", "clip"))}
+            fixed |= {name, *(f"{stem}.{part}" for part in _OF_CODES)}
     return set(params) - fixed
 
 

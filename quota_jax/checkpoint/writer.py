@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from quota_jax.checkpoint import format as fmt
-from quota_jax.checkpoint.items import save_item
+from quota_jax.checkpoint.items import load_item, save_item
 from quota_jax.checkpoint.recipe_file import check_recipe, recipe_json
 from quota_jax.config import ModelConfig
 from quota_jax.errors import QuotaError
@@ -149,6 +149,11 @@ class CheckpointWriter:
         content = fmt.seal({"session": self._session["sha256"], **entry.to_json()}, name)
         fmt.write_file(self._journal / f"{name}.json", fmt.encode_json(content, name))
         self._entries[name] = entry
+
+    def read_block(self, name: str) -> dict[str, np.ndarray]:
+        """The arrays of a block that has been written, in their stored dtypes."""
+        self._check_open()
+        return load_item(self.partial / fmt.STATE / name, self._entries[name].params)
 
     def finish(self) -> None:
         """Writes the small files, the manifest, and renames the folder into place.

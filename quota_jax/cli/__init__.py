@@ -18,15 +18,18 @@ OK, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130
 COMMANDS = {
     "demo": ("demo:Demo", "ask the shipped small model, in full precision and in 4 bits"),
     "convert": ("convert:Convert", "Hugging Face checkpoint -> quota_jax checkpoint"),
+    "samples": ("samples:Samples", "published data sets -> list of samples for calibrate"),
     "calibrate": ("calibrate:Calibrate", "full-precision checkpoint -> quantized checkpoint"),
     "recipe": ("recipe:ShowRecipe", "show or store which visual tokens are dropped where"),
+    "profile": ("profile:ShowProfile", "where visual tokens can be dropped, layer by layer"),
     "flops": ("flops:ShowFlops", "what a prefill costs, layer by layer, under any recipe"),
     "generate": ("generate:Generate", "answer one prompt about one or more pictures"),
     "chat": ("chat:Chat", "a conversation about pictures, line by line"),
+    "eval": ("eval:Eval", "benchmarks in their official formats, with scores and comparison"),
     "inspect": ("inspect:Inspect", "configuration, parameters and bytes of a checkpoint"),
     "verify": ("verify:Verify", "check a checkpoint's files, and compare it with its source"),
     "bench": ("bench:Bench", "speed and memory at a model's real shape, with random weights"),
-    "export": ("convert:Export", "quota_jax checkpoint -> Hugging Face checkpoint"),
+    "export": ("export:Export", "quota_jax checkpoint -> Hugging Face checkpoint"),
 }
 
 

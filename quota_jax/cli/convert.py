@@ -1,4 +1,4 @@
-"""``quota-jax convert`` and ``quota-jax export``: from Hugging Face and back."""
+"""``quota-jax convert``: from a Hugging Face checkpoint."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from typing import Annotated, Literal
 
 import tyro
 
-from quota_jax.cli.console import CheckpointPath, converters, progress, size
+from quota_jax.cli.console import converters, progress, size
 
 
 @dataclass(frozen=True, kw_only=True)
 class Convert:
     """Convert a LLaVA-1.5 or Qwen2.5-VL checkpoint, a folder or a hub id, block by block.
 
-    A run that was killed leaves OUT.partial; the same command takes it up again.
+    Weights that AWQ (GEMM), GPTQ or compressed-tensors (pack-quantized) has quantized to 4 bits
+    keep their codes. A run that was killed leaves OUT.partial; the same command takes it up again.
 
     For example:
       quota-jax convert llava-hf/llava-1.5-7b-hf --out llava-7b
@@ -27,38 +28,13 @@ class Convert:
     out: Path
     """Folder to write; must not exist."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Cast all tensors; None keeps each tensor's own."""
+    """Cast all tensors but quantized ones and their scales; None keeps each tensor's own."""
 
     def run(self) -> int:
         start = time.perf_counter()
         with progress("converting") as step:
             converters().convert(self.source, self.out, dtype=self.dtype, progress=step)
         print(f"wrote {self.out}: {describe(self.out)}, in {time.perf_counter() - start:.1f} s")
-        return 0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Export:
-    """Write a full-precision checkpoint back in Hugging Face format, for transformers to load.
-
-    For example:
-      quota-jax export llava-7b --out llava-7b-hf
-    """
-
-    checkpoint: CheckpointPath
-    """Checkpoint made by convert."""
-    out: Path
-    """Folder to write; must not exist."""
-    layout: Literal["saved", "hub", "memory", "memory_vision_model"] | None = None
-    """Names of the tensors: as transformers 5 saves them, as on the hub, or as modules are named
-    in memory; None takes the source's."""
-
-    def run(self) -> int:
-        start = time.perf_counter()
-        with progress("exporting") as step:
-            converters().export_hf(self.checkpoint, self.out, layout=self.layout, progress=step)
-        total = sum(path.stat().st_size for path in self.out.iterdir())
-        print(f"wrote {self.out}: {size(total)}, in {time.perf_counter() - start:.1f} s")
         return 0
 
 

@@ -64,6 +64,11 @@ def report(path: Path) -> str:
     bits = f"none ({checkpoint.dtype.name})"
     if not quantization.is_none:
         bits = f"{quantization.label} by {quantization.method}, {', '.join(quantization.modules)}"
+        if (groups := quantization.groups) is not None:
+            kind = "symmetric" if groups.symmetric else "with zero points"
+            size_of = f"groups of {groups.size}" if groups.size else "output channels"
+            bits += f"; {size_of}, {kind}, {groups.scale_dtype} scales"
+            bits += ", in activation order" if quantization.act_order else ""
     facts = [
         ("checkpoint", f"{path} (complete)"),
         ("source", checkpoint.provenance.get("source", "unknown")),
@@ -95,13 +100,14 @@ def report(path: Path) -> str:
 
 
 def parameters(checkpoint: Checkpoint, block: str) -> int:
-    """Parameters of a block as the model counts them: two per packed byte, scales none."""
+    """Parameters of a block as the model counts them: two per packed byte, scales and zeros
+    none."""
     specs = checkpoint.block_specs(block)
     counts: Counter[str] = Counter()
     for name, spec in specs.items():
         stem, _, kind = name.rpartition(".")
         quantized = f"{stem}.packed" in specs or f"{stem}.codes" in specs
-        if kind == "scale" and quantized:
+        if kind in ("scale", "zeros", "group_index") and quantized:
             continue
         counts[name] = math.prod(spec.shape) * (2 if kind == "packed" else 1)
     return counts.total()

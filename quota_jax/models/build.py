@@ -26,18 +26,21 @@ def tree(**modules: Any) -> Any:
     return group
 
 
-def module_bits(quantization: QuantizationConfig, module: str) -> dict[str, int]:
-    """Bits of the linears of "vision", "projector" or "decoder"; empty for full precision."""
+def module_bits(quantization: QuantizationConfig, module: str) -> dict[str, Any]:
+    """Bits and groups of the linears of "vision", "projector" or "decoder"; empty where they are in
+    full precision."""
     if not quantization.quantizes(module):
         return {}
     return {
         "weight_bits": quantization.weight_bits,
         "activation_bits": quantization.activation_bits,
+        "groups": quantization.groups,
     }
 
 
-def linear(params: Mapping[str, Any], bits: Mapping[str, int]) -> Any:
-    return Linear(params, **bits)
+def linear(params: Mapping[str, Any], bits: Mapping[str, Any], parts: tuple[int, ...] = ()) -> Any:
+    """``parts``: heights of the matrices that are joined along the rows."""
+    return Linear(params, **bits, parts=parts)
 
 
 def norm(params: Mapping[str, Any], eps: float) -> Any:
@@ -45,10 +48,11 @@ def norm(params: Mapping[str, Any], eps: float) -> Any:
 
 
 def attention(
-    params: Mapping[str, Any], bits: Mapping[str, int], num_heads: int, num_kv_heads: int, dim: int
+    params: Mapping[str, Any], bits: Mapping[str, Any], num_heads: int, num_kv_heads: int, dim: int
 ) -> Any:
+    heights = (num_heads * dim, num_kv_heads * dim, num_kv_heads * dim)
     return Attention(
-        linear(params["qkv"], bits),
+        linear(params["qkv"], bits, heights),
         linear(params["o"], bits),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
@@ -56,10 +60,13 @@ def attention(
     )
 
 
-def mlp(params: Mapping[str, Any], bits: Mapping[str, int], hidden_act: str) -> Any:
+def mlp(params: Mapping[str, Any], bits: Mapping[str, Any], hidden_act: str) -> Any:
     gated = "gate_up" in params
+    expand = params["gate_up" if gated else "up"]
+    # Rows of the weight or, once quantized, of what takes its place.
+    rows = next(expand[k].shape[-2] for k in ("weight", "packed", "codes") if k in expand)
     return Mlp(
-        linear(params["gate_up" if gated else "up"], bits),
+        linear(expand, bits, (rows // 2,) * 2 if gated else ()),
         linear(params["down"], bits),
         hidden_act=hidden_act,
         gated=gated,

@@ -20,6 +20,8 @@ from quota_jax.quant.flatquant import factor_pair
 from quota_jax.quantization import QuantizationConfig
 
 LINEARS = ("qkv", "o", "up", "down", "gate_up", "linear_1", "linear_2")
+JOINED = {"qkv": 3, "gate_up": 2}
+"""Matrices of a Hugging Face model that one linear joins along its rows."""
 MODELS: dict[str, Any] = {"llava": Llava, "qwen2_5_vl": QwenVl}
 
 
@@ -40,8 +42,8 @@ def abstract_params(
                 params[stem + "packed"] = jax.ShapeDtypeStruct(packed, jnp.uint8)
             else:
                 params[stem + "codes"] = jax.ShapeDtypeStruct(shape, jnp.int8)
-            params[stem + "scale"] = jax.ShapeDtypeStruct((*stack, rows), jnp.float32)
-            if quantization.method == "flatquant":
+            params |= _scales(stem, tuple(stack), rows, columns, quantization, dtype)
+            if quantization.has_transforms:
                 a, b = factor_pair(columns)
                 small = {"left": (a, a), "right": (b, b), "clip": (2,)}
                 if quantization.activation_bits == 16:
@@ -51,6 +53,33 @@ def abstract_params(
         else:
             params[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
     return params
+
+
+def _scales(
+    stem: str,
+    stack: tuple[int, ...],
+    rows: int,
+    columns: int,
+    quantization: QuantizationConfig,
+    dtype: Any,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Scales of a quantized linear, and what else says how its codes are read."""
+    groups, name = quantization.groups, stem.removesuffix(".")
+    found: dict[str, tuple[tuple[int, ...], Any]] = {"scale": ((*stack, rows), jnp.float32)}
+    if groups is not None:
+        shape = (*stack, rows, groups.count(columns))
+        found["scale"] = shape, groups.scale_dtype or dtype
+        if not groups.symmetric:
+            found["zeros"] = shape, jnp.uint8
+        if quantization.act_order:
+            parts = JOINED.get(name.rpartition(".")[2], 1)
+            found["group_index"] = (*stack, parts, columns), jnp.int32
+    if name in quantization.input_scales:
+        found["input_scale"] = (*stack, columns), jnp.float32
+    return {
+        stem + part: jax.ShapeDtypeStruct(shape, jnp.dtype(kind))
+        for part, (shape, kind) in found.items()
+    }
 
 
 def blocks(

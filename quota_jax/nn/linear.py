@@ -14,10 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.int4_matmul import int4_matmul, integer_matmul
-from pallas_kernels.packing import unpack_int4
+from pallas_kernels.packing import unpack_int4, unpack_uint4
 from pallas_kernels.stable import rounded
+from quota_jax.quant.groups import Groups
 from quota_jax.quant.quantizers import quantize_activation
-from quota_jax.quant.straight_through import simulated_product, simulated_weight
+from quota_jax.quant.straight_through import pass_through, simulated_product, simulated_weight
 
 Observer = Callable[["Linear", Array], None]
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
@@ -78,8 +79,14 @@ class Linear(nnx.Module):
     With ``weight`` and ``weight_bits < 16`` it *simulates*: it quantizes the weight on the fly and
     multiplies integer values, so that simulated and packed results are bit-identical.
 
+    With ``groups`` the scale is ``[N, G]``, ``zeros`` (unsigned, ``[N, G]``) may stand beside it,
+    and ``group_index`` ``[parts, K]`` where an input channel's group is not its place; ``parts``
+    are the heights of the matrices that are joined along N. The weight is then dequantized to the
+    dtype of the input, one layer at a time, and multiplied in floating point.
+
     FlatQuant adds ``left`` and ``right``, the factors of the transform of the input (the weight is
     stored in the transformed basis), and ``clip``, factors of a token's largest and smallest value.
+    AWQ adds ``input_scale`` ``[K]``, a factor of each input channel, where no layer before took it.
     """
 
     weight: nnx.Param
@@ -90,15 +97,26 @@ class Linear(nnx.Module):
     left: nnx.Param
     right: nnx.Param
     clip: nnx.Param
+    zeros: nnx.Param
+    group_index: nnx.Param
+    input_scale: nnx.Param
 
     def __init__(
-        self, params: Mapping[str, Any], *, weight_bits: int = 16, activation_bits: int = 16
+        self,
+        params: Mapping[str, Any],
+        *,
+        weight_bits: int = 16,
+        activation_bits: int = 16,
+        groups: Groups | None = None,
+        parts: tuple[int, ...] = (),
     ):
         for name, value in params.items():
             setattr(self, name, nnx.Param(value))
         self.names = tuple(params)
         self.weight_bits = weight_bits
         self.activation_bits = activation_bits
+        self.groups = groups
+        self.parts = parts
 
     def __call__(self, x: Float[Array, "*rows K"], layer: Array | int | None = None) -> Array:
         rows = x.reshape(-1, x.shape[-1])
@@ -113,6 +131,8 @@ class Linear(nnx.Module):
 
     def transformed(self, x: Float[Array, "M K"], layer: Array | int | None) -> Array:
         """The input in the basis in which it is quantized."""
+        if "input_scale" in self.names:
+            x = rounded(x.astype(jnp.float32) * take(self.input_scale, layer)).astype(x.dtype)
         if "left" not in self.names:
             return x
         return kronecker(x, take(self.left, layer), take(self.right, layer))
@@ -124,6 +144,8 @@ class Linear(nnx.Module):
     def _product(self, x: Float[Array, "M K"], layer, wide) -> Float[Array, "M N"]:
         if self.weight_bits == 16:
             return matmul(x, take(self.weight, layer).astype(x.dtype))
+        if self.groups is not None:
+            return matmul(x, self._dequantized(self.groups, layer).astype(x.dtype))
         if self.activation_bits == 16:
             codes, scale = self._integers(layer)
             return matmul(x.astype(jnp.float32), codes.astype(jnp.float32)) * scale[None, :]
@@ -137,6 +159,19 @@ class Linear(nnx.Module):
                 values, row_scale, self.packed[...], self.scale[...], layer, out_dtype=wide
             )
         return integer_matmul(values, row_scale, *self._integers(layer))
+
+    def _dequantized(self, groups: Groups, layer) -> Float[Array, "N K"]:
+        """The weight of one layer in float32, from group scales."""
+        if "weight" in self.names:
+            weight = take(self.weight, layer)
+            quantized = groups.dequantize(*groups.quantize(weight))
+            return pass_through(weight.astype(jnp.float32), quantized)
+        codes = take(self.packed if "packed" in self.names else self.codes, layer)
+        if "packed" in self.names:
+            codes = unpack_int4(codes) if groups.symmetric else unpack_uint4(codes)
+        zeros = take(self.zeros, layer) if "zeros" in self.names else None
+        index = take(self.group_index, layer) if "group_index" in self.names else None
+        return groups.dequantize(codes, take(self.scale, layer), zeros, index, self.parts)
 
     def _integers(self, layer) -> tuple[Array, Array]:
         """Codes [N, K] and float32 scales [N] of one layer."""

@@ -51,9 +51,10 @@ class Block:
         self, params: Params, x: Array, batch: Batch, quantization: QuantizationConfig
     ) -> Array:
         """The block's output; float weights of a quantized module are simulated."""
-        return self._run(partial_model(self.config, quantization, params), x, batch)
+        return self.run(partial_model(self.config, quantization, params), x, batch)
 
-    def _run(self, model: Any, x: Array, batch: Batch) -> Array:
+    def run(self, model: Any, x: Array, batch: Batch) -> Array:
+        """The block as layer 0 of ``model``."""
         first = jnp.int32(0)
         if self.kind == "projector":
             tokens = model.project(x)
@@ -128,7 +129,7 @@ def observe(
             found[name] = jnp.where(mask.reshape(-1, 1), jnp.abs(rows), 0).max(0)
 
     with observed(record):
-        block._run(model, x, batch)
+        block.run(model, x, batch)
     return found
 
 

@@ -17,17 +17,45 @@ from typing import Any
 from quota_jax.checkpoint import Checkpoint, CheckpointWriter, open_checkpoint
 from quota_jax.errors import QuotaError
 from quota_jax.processing import Processor
+from quota_jax.quant.awq import AwqOptions
+from quota_jax.quant.calibrate_awq import scaler, with_input_scales
 from quota_jax.quant.calibrate_flatquant import BlockReport, FlatQuantOptions, learner
-from quota_jax.quant.calibration_data import Sample, digest, make_batches
+from quota_jax.quant.calibrate_gptq import after, rounder
+from quota_jax.quant.calibration_data import CalibrationData, Sample, digest, make_batches
+from quota_jax.quant.gptq import GptqOptions
 from quota_jax.quant.rtn import quantize_params
 from quota_jax.quant.smoothquant import SmoothQuantOptions, smoother
-from quota_jax.quant.streaming import write_blocks
+from quota_jax.quant.streaming import Transform, write_blocks
 from quota_jax.quantization import QuantizationConfig
 
 __all__ = ["calibrate", "quantize_params"]
 
-Options = FlatQuantOptions | SmoothQuantOptions
-DATA_METHODS: dict[str, Any] = {"flatquant": FlatQuantOptions, "smoothquant": SmoothQuantOptions}
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class FlatQuantGptqOptions:
+    """FlatQuant, then GPTQ on the transformed weights."""
+
+    flatquant: FlatQuantOptions = dataclasses.field(default_factory=FlatQuantOptions)
+    gptq: GptqOptions = dataclasses.field(default_factory=GptqOptions)
+
+    @property
+    def batch_size(self) -> int:
+        return self.flatquant.batch_size
+
+    @property
+    def feed(self) -> str:
+        return self.flatquant.feed
+
+
+Options = FlatQuantOptions | SmoothQuantOptions | GptqOptions | FlatQuantGptqOptions | AwqOptions
+Report = Callable[[BlockReport], None]
+DATA_METHODS: dict[str, Any] = {
+    "flatquant": FlatQuantOptions,
+    "smoothquant": SmoothQuantOptions,
+    "gptq": GptqOptions,
+    "flatquant+gptq": FlatQuantGptqOptions,
+    "awq": AwqOptions,
+}
 """Methods that need samples, and their options."""
 
 
@@ -39,15 +67,16 @@ def calibrate(
     samples: Sequence[Sample] = (),
     options: Options | None = None,
     progress: Callable[[str, int, int], None] | None = None,
-    report: Callable[[BlockReport], None] | None = None,
+    report: Report | None = None,
 ) -> Path:
     """Writes the quantized twin of checkpoint ``source`` to ``out``; resumes a killed run.
 
     Args:
-      samples: what "flatquant" and "smoothquant" look at; round-to-nearest needs none.
+      samples: what all methods but round-to-nearest look at.
       options: of the method, where it has some; None takes the defaults.
       progress: called with (block name, blocks done, blocks in all) after each block.
-      report: called with the losses of each block that FlatQuant has trained.
+      report: called with the losses of each block: before and after FlatQuant's training; of
+        round-to-nearest and of GPTQ or AWQ.
 
     Raises:
       QuotaError: ``source`` is already quantized, the configuration changes nothing, or the
@@ -61,6 +90,13 @@ def calibrate(
         )
     if quantization.is_none:
         raise QuotaError(f"{quantization.label} quantizes nothing")
+    if quantization.method != "rtn" and quantization.method not in DATA_METHODS:
+        raise QuotaError(f"method {quantization.method!r} is not one that calibrates")
+    if quantization.groups is not None and quantization.scale_dtype is None:
+        # Half of the bytes for a 16-bit model, and the dtype in which other programs read them.
+        quantization = dataclasses.replace(quantization, scale_dtype=checkpoint.dtype.name)
+    if quantization.method == "awq":
+        quantization = with_input_scales(quantization, checkpoint.config)
     told: dict[str, object] = {"method": quantization.method}
     learn = None
     if quantization.method in DATA_METHODS:
@@ -72,12 +108,13 @@ def calibrate(
         data.check(quantization)
         told |= {"options": dataclasses.asdict(options), "samples": len(samples)}
         told["data"] = digest(samples)
-        if isinstance(options, FlatQuantOptions):
-            transform = learner(data, quantization, options, report)
-        else:
-            transform = smoother(data, quantization, options)
+        transform = _transform(data, quantization, options, report)
         learn = functools.partial(
-            write_blocks, batches=data.batches, quantization=quantization, transform=transform
+            write_blocks,
+            batches=data.batches,
+            quantization=quantization,
+            transform=transform,
+            feed=getattr(options, "feed", "full"),
         )
     with CheckpointWriter(
         out,
@@ -96,6 +133,34 @@ def calibrate(
             _round(checkpoint, writer, quantization, progress)
         writer.finish()
     return Path(out)
+
+
+def _transform(
+    data: CalibrationData,
+    quantization: QuantizationConfig,
+    options: Options,
+    report: Report | None,
+) -> Transform:
+    """What a method does to each block."""
+
+    def report_gptq(found: BlockReport) -> None:
+        if report:
+            report(dataclasses.replace(found, name=f"{found.name} gptq"))
+
+    match options:
+        case FlatQuantOptions():
+            return learner(data, quantization, options, report)
+        case FlatQuantGptqOptions(flatquant=learning, gptq=rounding):
+            return after(
+                learner(data, quantization, learning, report),
+                rounder(data, quantization, rounding, report_gptq if report else None),
+            )
+        case GptqOptions():
+            return rounder(data, quantization, options, report)
+        case AwqOptions():
+            return scaler(data, quantization, options, report)
+        case SmoothQuantOptions():
+            return smoother(data, quantization, options)
 
 
 def _options(method: str, options: Options | None) -> Options:

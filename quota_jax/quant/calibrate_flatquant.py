@@ -1,13 +1,22 @@
 """Learns FlatQuant's transforms block by block (section 3.2 of the paper, arXiv 2410.09426).
 
 Each block is trained alone to repeat its full-precision output on full-precision inputs, so a block
-depends only on the full-precision model, the data and the seed: a killed run goes on with the
-blocks that are missing and ends with the arrays of an uninterrupted one.
+depends only on the full-precision model, the data and the seed. With ``feed`` "quantized" it reads
+the outputs of the quantized blocks before it, as they were written, and learns to make their errors
+good too. Either way a killed run goes on with the blocks that are missing and ends with the arrays
+of an uninterrupted one.
+
+Errors of visual and of text tokens may have different weights in the decoder. MBQ (Li et al., CVPR
+2025), where the idea comes from, weighs absolute errors of visual tokens by the ratio of the mean
+absolute gradients of the caption's loss at visual and at answer tokens, layer by layer; here the
+weights are given, one pair for all layers, and errors are squared as FlatQuant's are. The divisor
+stays the number of all tokens, as in MBQ, so equal weights of 1 are FlatQuant's loss.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +33,7 @@ from quota_jax.quant.blocks import Block, largest_inputs
 from quota_jax.quant.calibration_data import CalibrationData
 from quota_jax.quant.flatquant import STARTS
 from quota_jax.quant.folding import Learned, Site, find_sites, fold, fold_exactly, start
-from quota_jax.quant.streaming import Transform
+from quota_jax.quant.streaming import FEEDS, Transform
 from quota_jax.quantization import QuantizationConfig
 
 
@@ -33,7 +42,10 @@ class FlatQuantOptions:
     """How the transforms are learned; the defaults are those of the authors' scripts.
 
     steps: optimizer steps per block, each on one batch, the batches in turn. start: "random"
-    rotations or the "identity". Rates fall along a cosine to a thousandth.
+    rotations or the "identity". Rates fall along a cosine to a thousandth. feed: what blocks read,
+    outputs of "full" precision or of the "quantized" blocks before them. modality_weights: of the
+    errors of visual and of text tokens in the decoder. transform_values: also the values that are
+    cached in less than 16 bits.
     """
 
     steps: int = 480
@@ -42,6 +54,9 @@ class FlatQuantOptions:
     start: str = "random"
     transform_rate: float = 5e-3
     clip_rate: float = 5e-2
+    feed: str = "full"
+    modality_weights: tuple[float, float] = (1.0, 1.0)
+    transform_values: bool = True
 
     def __post_init__(self):
         for name in ("steps", "batch_size"):
@@ -49,6 +64,18 @@ class FlatQuantOptions:
                 raise QuotaError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.start not in STARTS:
             raise QuotaError(f"start {self.start!r} is unknown; known: {', '.join(STARTS)}")
+        if self.feed not in FEEDS:
+            raise QuotaError(f"feed {self.feed!r} is unknown; known: {', '.join(FEEDS)}")
+        weights = self.modality_weights
+        if (
+            len(weights) != 2
+            or not all(math.isfinite(each) and each >= 0 for each in weights)
+            or not any(weights)
+        ):
+            raise QuotaError(
+                "modality_weights must be two numbers of at least 0, of visual and of text tokens, "
+                f"not both 0; got {' '.join(map(str, weights))}"
+            )
 
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW (decay 0.01, as in torch) with ten times the rate for clipping factors."""
@@ -87,7 +114,9 @@ def learner(
     """What ``write_blocks`` does to each block: trains and folds its transforms."""
 
     def transform(name, block, stored, inputs, outputs):
-        sites = find_sites(stored, quantization)
+        cached = block.kind == "decoder" and quantization.kv_bits < 16
+        width = block.config.text.head_dim if cached and options.transform_values else 0
+        sites = find_sites(stored, quantization, value_width=width)
         task = Task(block=block, quantization=quantization, sites=sites, options=options)
         learned, found = task.learn(name, stored, inputs, outputs, data)
         if report and inputs:
@@ -169,16 +198,28 @@ class Task:
         batch: Batch,
         mask: jax.Array,
     ) -> jax.Array:
-        """Mean squared error over the real rows of a batch."""
+        """Mean squared error over the real rows of a batch, with modalities weighted."""
         with jax.default_matmul_precision("highest"):
             folded = fold(params, self.sites, learned, jnp)
             found = self.block(folded, x, batch, self.quantization)
-        return masked_error(found, target, mask)
+        return masked_error(found, target, mask, self.row_weights(batch))
+
+    def row_weights(self, batch: Batch) -> jax.Array | None:
+        """Weights of the rows' errors; None where all are equal: vision tower and projector have
+        visual rows only."""
+        visual, text = self.options.modality_weights
+        if self.block.kind != "decoder" or visual == text == 1:
+            return None
+        return jnp.where(batch.is_visual, jnp.float32(visual), jnp.float32(text))
 
 
-def masked_error(found: jax.Array, target: jax.Array, mask: jax.Array) -> jax.Array:
-    """Mean squared error over the rows of ``mask``."""
+def masked_error(
+    found: jax.Array, target: jax.Array, mask: jax.Array, weights: jax.Array | None = None
+) -> jax.Array:
+    """Mean squared error over the rows of ``mask``, each times its weight."""
     error = jnp.where(mask[..., None], jnp.square(found - target), 0).mean(-1)
+    if weights is not None:
+        error = error * weights
     return error.sum() / jnp.maximum(mask.sum(), 1)
 
 

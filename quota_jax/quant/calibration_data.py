@@ -1,10 +1,15 @@
-"""Calibration data: a JSON list of {"image": path, "text": prompt} to batches of one shape."""
+"""Calibration data: a JSON list of {"image": path, "text": prompt} to batches of one shape.
+
+In place of "text" a sample may have "turns", those of user and assistant one after the other: they
+become a conversation in the chat template of the model that is calibrated. "source" says where a
+sample comes from and is read by people only.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,11 +29,14 @@ from quota_jax.quantization import QuantizationConfig
 class Sample:
     """A text with one picture (a path, PIL image or array) or without.
 
-    Text that holds no placeholder for its picture becomes a user's turn in the chat template.
+    Text that holds no placeholder for its picture becomes a user's turn in the chat template; text
+    without a picture stays as it is. turns, in place of text: of user and assistant by turns, the
+    picture in front of the first.
     """
 
-    text: str
+    text: str = ""
     image: Any = None
+    turns: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,26 +81,44 @@ def read_samples(path: str | Path, limit: int | None = None) -> list[Sample]:
         where = f"{path}: sample {place}"
         if not isinstance(entry, dict):
             raise QuotaError(f"{where}: expected an object with 'text' and perhaps 'image'")
-        if unknown := sorted(set(entry) - {"text", "image"}):
+        if unknown := sorted(set(entry) - {"text", "turns", "image", "source"}):
             raise QuotaError(f"{where}: unknown field {unknown[0]!r}")
-        text, image = entry.get("text"), entry.get("image")
-        if not isinstance(text, str) or not text.strip():
-            raise QuotaError(f"{where}: 'text' must be a string that is not empty")
+        text, turns = _words(entry, where)
+        image = entry.get("image")
         if image is not None:
             if not isinstance(image, str) or not image:
                 raise QuotaError(f"{where}: 'image' must be a path")
+            # The list is the user's own: it may name pictures anywhere.
             if not (path.parent / image).is_file():
                 raise QuotaError(f"{where}: no picture {path.parent / image}")
             image = str(path.parent / image)
-        samples.append(Sample(text=text, image=image))
+        samples.append(Sample(text=text, turns=turns, image=image))
     return samples
+
+
+def _words(entry: Mapping[str, Any], where: str) -> tuple[str, tuple[str, ...]]:
+    if "turns" not in entry:
+        text = entry.get("text")
+        if not isinstance(text, str) or not text.strip():
+            raise QuotaError(f"{where}: 'text' must be a string that is not empty")
+        return text, ()
+    turns = entry["turns"]
+    if "text" in entry:
+        raise QuotaError(f"{where}: 'text' and 'turns' exclude each other")
+    if (
+        not isinstance(turns, list)
+        or not turns
+        or any(not isinstance(turn, str) or not turn.strip() for turn in turns)
+    ):
+        raise QuotaError(f"{where}: 'turns' must be a list of strings that are not empty")
+    return "", tuple(turns)
 
 
 def digest(samples: Sequence[Sample]) -> str:
     """Checksum of texts and pictures: equal digests promise equal calibrations."""
     found = hashlib.sha256()
     for sample in samples:
-        found.update(json.dumps(sample.text).encode())
+        found.update(json.dumps(sample.turns or sample.text).encode())
         if isinstance(sample.image, str | Path):
             try:
                 found.update(hashlib.sha256(Path(sample.image).read_bytes()).digest())
@@ -157,11 +183,19 @@ def _slots(batch: Batch) -> int:
 
 
 def _prompt(processor: Processor, sample: Sample) -> tuple[str, list[Any]]:
-    if sample.image is None:
-        return sample.text, []
-    if processor.placeholders["image"] in sample.text:
-        return sample.text, [sample.image]
-    parts = [{"type": "image", "image": sample.image}, {"type": "text", "text": sample.text}]
-    prompts, images = processor.render([[{"role": "user", "content": parts}]])
+    if not sample.turns:
+        if sample.image is None:
+            return sample.text, []
+        if processor.placeholders["image"] in sample.text:
+            return sample.text, [sample.image]
+    messages = [
+        {"role": ("user", "assistant")[i % 2], "content": [{"type": "text", "text": text}]}
+        for i, text in enumerate(sample.turns or (sample.text,))
+    ]
+    if sample.image is not None:
+        messages[0]["content"].insert(0, {"type": "image", "image": sample.image})
+    # A conversation that has its answer ends with it.
+    asks = bool(len(messages) % 2)
+    prompts, images = processor.render([messages], add_generation_prompt=asks)
     # The tokenizer puts its first token in front itself.
     return prompts[0].removeprefix(processor.tokenizer.bos_token or ""), images[0]

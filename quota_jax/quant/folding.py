@@ -3,8 +3,12 @@
 A block is one vision layer, the projector, or one decoder layer, as stored in a checkpoint. Every
 linear has one transform of its input; linears that share an input (q/k/v, gate/up) are one fused
 linear here, so they share its activation clipping too (the paper's code has one for each). The
-output projection has a plain Kronecker transform of all heads' features in place of P_o and P_v,
-and there is no P_k: keys are quantized as they are.
+output projection has a plain Kronecker transform of all heads' features in place of P_o, and there
+is no P_k: keys are quantized as they are.
+
+Values that are cached in few bits have P_v: each head's are multiplied by one learned matrix, the
+same for all heads. It goes into the value rows of q/k/v, and its inverse transpose into the columns
+of the output projection, so it costs nothing online.
 
 Diagonals cost nothing online: that of an input fed by a norm goes into the norm's scale and bias,
 that of ``down`` behind a gated product into the rows of ``up``. Where neither stands before a
@@ -34,9 +38,10 @@ from quota_jax.quant.flatquant import (
 from quota_jax.quantization import QuantizationConfig
 
 Learned = dict[str, dict[str, Any]]
-"""Linear -> what was found for it, each optional: diagonal, left, right, weight_clip, input_clip.
+"""Linear -> what was found for it, each optional: diagonal, left, right, value, weight_clip,
+input_clip.
 
-The diagonal is a logarithm, the clips are logits, left and right the parameters of a factor.
+The diagonal is a logarithm, the clips are logits, left, right and value the parameters of a factor.
 """
 
 NORM_BEFORE = {"qkv": "norm1", "gate_up": "norm2", "up": "norm2", "linear_1": "norm"}
@@ -44,19 +49,31 @@ NORM_BEFORE = {"qkv": "norm1", "gate_up": "norm2", "up": "norm2", "linear_1": "n
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Site:
-    """A linear with a transform, and where its diagonal goes ("" where there is none)."""
+    """A linear with a transform, and where its diagonal goes ("" where there is none).
+
+    values: the fused q/k/v whose values of ``head_dim`` features this output projection reads with
+    a transform of their own; "" where they have none.
+    """
 
     linear: str
     norm: str = ""
     gated: str = ""
+    values: str = ""
+    head_dim: int = 0
 
     @property
     def has_diagonal(self) -> bool:
         return bool(self.norm or self.gated)
 
 
-def find_sites(names: Mapping[str, Any], quantization: QuantizationConfig) -> tuple[Site, ...]:
-    """The transforms of a block with these parameters, in their order."""
+def find_sites(
+    names: Mapping[str, Any], quantization: QuantizationConfig, *, value_width: int = 0
+) -> tuple[Site, ...]:
+    """The transforms of a block with these parameters, in their order.
+
+    Args:
+      value_width: features of a head whose values are transformed; 0 leaves them as they are.
+    """
     sites = []
     for name in names:
         *path, kind = name.split(".")
@@ -66,11 +83,14 @@ def find_sites(names: Mapping[str, Any], quantization: QuantizationConfig) -> tu
         above = ".".join(path[:2] if "layers" in path else path[:1])
         norm = f"{above}.{NORM_BEFORE.get(path[-1], '')}"
         gated = f"{above}.mlp.gate_up"
+        values = f"{above}.attn.qkv" if path[-1] == "o" and value_width else ""
         sites.append(
             Site(
                 linear=linear,
                 norm=norm if f"{norm}.scale" in names else "",
                 gated=gated if path[-1] == "down" and f"{gated}.weight" in names else "",
+                values=values,
+                head_dim=value_width if values else 0,
             )
         )
     return tuple(sites)
@@ -108,6 +128,8 @@ def start(
                 found["diagonal"] = diagonal_of(weight, input_max[site.linear], width, ALPHA)
         if quantization.activation_bits < 16:
             found["input_clip"] = np.full(2, CLIP_START)
+        if site.values:
+            found["value"] = start_factor(site.head_dim, kind, draw)
         learned[site.linear] = found
     return learned
 
@@ -133,6 +155,10 @@ def fold(
     Without ``clip`` no weight is cut: the block then computes what the original one does.
     """
     out = dict(params)
+    # First: transforms of rows change the ranges by which rows are cut.
+    for site in sites:
+        if "value" in learned[site.linear]:
+            out |= _transform_values(out, site, factor(learned[site.linear]["value"], xp), xp)
     for site in sites:
         found, name = learned[site.linear], f"{site.linear}.weight"
         weight = out[name]
@@ -161,6 +187,26 @@ def fold(
             if (name := f"{stem}.{part}") in out:
                 value = out[name]
                 out[name] = value * (diagonal[:, None] if value.ndim == 2 else diagonal)
+    return out
+
+
+def _transform_values(
+    params: Mapping[str, Any], site: Site, factors: tuple[Any, Any], xp: Any
+) -> dict[str, Any]:
+    """``v P`` of each head in the rows of q/k/v, ``P^-T`` in the columns of what reads them."""
+    matrix, inverse = factors
+    name = f"{site.linear}.weight"
+    weight = params[name]
+    heads = weight.reshape(len(weight), -1, site.head_dim)
+    out = {name: (heads @ inverse).reshape(weight.shape)}
+    # Rows are those of queries, as many as the projection has columns, of keys and of values.
+    values = (len(params[f"{site.values}.weight"]) - weight.shape[1]) // 2
+    for part in ("weight", "bias"):
+        if (name := f"{site.values}.{part}") in params:
+            rows = params[name]
+            heads = rows[-values:].reshape(values // site.head_dim, site.head_dim, -1)
+            moved = (matrix.T @ heads).reshape(rows[-values:].shape)
+            out[name] = xp.concatenate([rows[:-values], moved])
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -19,7 +20,7 @@ def quantize_params(
 ) -> dict[str, np.ndarray]:
     """Rounds the linears of the quantized modules to nearest; everything else passes through.
 
-    Works on stacked parameters and on single blocks alike: scales are per output channel.
+    Works on stacked parameters and on single blocks alike: scales belong to output channels.
     """
     out: dict[str, np.ndarray] = {}
     for name, value in params.items():
@@ -34,10 +35,22 @@ def quantize_params(
         stem = name.removesuffix("weight")
         if quantization.weight_bits == 4 and value.shape[-1] % 2:
             raise QuotaError(f"{name}: cannot pack an odd number of inputs ({value.shape[-1]})")
-        codes, scale = quantize_weight(jnp.asarray(value), quantization.weight_bits)
-        if quantization.weight_bits == 4:
-            out[stem + "packed"] = np.asarray(pack_int4(codes))
+        zeros = None
+        if quantization.groups is None:
+            codes, scale = quantize_weight(jnp.asarray(value), quantization.weight_bits)
         else:
-            out[stem + "codes"] = np.asarray(codes)
-        out[stem + "scale"] = np.asarray(scale)
+            codes, scale, zeros = quantization.groups.quantize(jnp.asarray(value))
+        bits = quantization.weight_bits
+        out |= stored_codes(stem.removesuffix("."), bits, codes, scale, zeros)
     return out
+
+
+def stored_codes(
+    name: str, bits: int, codes: Any, scale: Any, zeros: Any = None
+) -> dict[str, np.ndarray]:
+    """The parameters of the quantized linear ``name``, as a checkpoint holds them."""
+    found = {"packed": pack_int4(codes)} if bits == 4 else {"codes": codes}
+    found["scale"] = scale
+    if zeros is not None:
+        found["zeros"] = zeros
+    return {f"{name}.{part}": np.asarray(value) for part, value in found.items()}

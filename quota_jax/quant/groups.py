@@ -1,0 +1,126 @@
+"""Weights with one scale for every group of neighboring input channels (W4A16, W8A16).
+
+A row of K weights is cut into ``ceil(K / size)`` groups, the last one perhaps shorter. Scales are
+rounded to the dtype that they are stored in before anything is divided by them, so codes made here
+and codes made from stored scales are the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels.stable import rounded
+from quota_jax.quant.quantizers import TINY, symmetric_limit
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Groups:
+    """The grid of a weight: ``value = scale (code - zero)`` with a scale and zero for each group.
+
+    bits: 4 or 8. size: input channels of a group; 0 for whole rows. symmetric: zero is 0 and codes
+    are signed, else zero and codes are unsigned. scale_dtype: None for the weight's own.
+    """
+
+    bits: int
+    size: int = 0
+    symmetric: bool = True
+    scale_dtype: str | None = None
+
+    def count(self, columns: int) -> int:
+        """Groups of a row."""
+        return -(-columns // self.size) if self.size else 1
+
+    @property
+    def lowest(self) -> int:
+        """The smallest code."""
+        return -symmetric_limit(self.bits) - 1 if self.symmetric else 0
+
+    @property
+    def highest(self) -> int:
+        """The largest code."""
+        return symmetric_limit(self.bits) if self.symmetric else 2**self.bits - 1
+
+    def cut(self, weight: Float[Array, "*rows K"]) -> Float[Array, "*rows G size"]:
+        """Rows cut into groups, a short last one filled up with zeros."""
+        columns = weight.shape[-1]
+        count, size = self.count(columns), self.size or columns
+        pad = [(0, 0)] * (weight.ndim - 1) + [(0, count * size - columns)]
+        return jnp.pad(weight, pad).reshape(*weight.shape[:-1], count, size)
+
+    def grid(
+        self, low: Float[Array, "*groups"], high: Float[Array, "*groups"], dtype: Any = jnp.float32
+    ) -> tuple[Float[Array, "*groups"], Float[Array, "*groups"]]:
+        """Scale and zero (both float32) that cover [low, high] and 0.
+
+        ``dtype`` is the scale's where ``scale_dtype`` is None.
+        """
+        low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
+        span = jnp.maximum(high, -low) if self.symmetric else high - low
+        kind = jnp.dtype(self.scale_dtype or dtype)
+        info = jnp.finfo(kind)
+        scale = jnp.maximum(span, TINY) / (self.highest if self.symmetric else 2**self.bits - 1)
+        # Half precision ends early: no scale may round to zero or infinity.
+        scale = jnp.clip(scale, float(info.smallest_normal), float(info.max))
+        scale = scale.astype(kind).astype(jnp.float32)
+        if self.symmetric:
+            return scale, jnp.zeros_like(scale)
+        return scale, jnp.clip(jnp.round(-low / scale), self.lowest, self.highest)
+
+    def codes(self, weight: Array, scale: Array, zero: Array) -> Array:
+        """Nearest codes (ties to even) as float32; the arguments broadcast."""
+        return jnp.clip(jnp.round(weight / scale) + zero, self.lowest, self.highest)
+
+    def quantize(
+        self, weight: Float[Array, "*rows K"]
+    ) -> tuple[Int[Array, "*rows K"], Float[Array, "*rows G"], UInt8[Array, "*rows G"] | None]:
+        """Round to nearest: codes, scales in their storage dtype, zeros (None where symmetric)."""
+        kind = jnp.dtype(self.scale_dtype or weight.dtype)
+        cut = self.cut(weight.astype(jnp.float32))
+        scale, zero = self.grid(cut.min(-1), cut.max(-1), kind)
+        codes = self.codes(cut, scale[..., None], zero[..., None])
+        codes = codes.reshape(*weight.shape[:-1], -1)[..., : weight.shape[-1]]
+        return self.stored(codes, scale.astype(kind), zero)
+
+    def stored(self, codes: Array, scale: Array, zero: Array) -> tuple[Array, Array, Array | None]:
+        """The three arrays as a checkpoint holds them, before packing."""
+        if self.symmetric:
+            return codes.astype(jnp.int8), scale, None
+        return codes.astype(jnp.uint8), scale, zero.astype(jnp.uint8)
+
+    def spread(
+        self,
+        values: Float[Array, "N G"],
+        columns: int,
+        index: Int[Array, "P K"] | None = None,
+        parts: Sequence[int] = (),
+    ) -> Float[Array, "N K"]:
+        """One value of each group -> one of each weight.
+
+        ``index`` names the group of each input channel, one row for each part of the rows (q, k and
+        v of a fused matrix); ``parts`` are the parts' heights.
+        """
+        if index is None:
+            return jnp.repeat(values, self.size or columns, axis=1)[:, :columns]
+        edges = [sum(parts[: i + 1]) for i in range(len(index) - 1)]
+        rows = jnp.split(values, edges)
+        return jnp.concatenate([jnp.take(r, i, axis=1) for r, i in zip(rows, index, strict=True)])
+
+    def dequantize(
+        self,
+        codes: Int[Array, "N K"],
+        scale: Float[Array, "N G"],
+        zero: UInt8[Array, "N G"] | None = None,
+        index: Int[Array, "P K"] | None = None,
+        parts: Sequence[int] = (),
+    ) -> Float[Array, "N K"]:
+        """``scale (code - zero)`` in float32: exact for scales of at most 16 bits."""
+        columns = codes.shape[1]
+        values = codes.astype(jnp.float32)
+        if zero is not None:
+            values = values - self.spread(zero, columns, index, parts).astype(jnp.float32)
+        return rounded(values * self.spread(scale, columns, index, parts).astype(jnp.float32))

@@ -146,6 +146,7 @@ def test_scales_change_nothing_before_rounding(tmp_path, family, monkeypatch) ->
         assert np.abs(output - expected).max() <= 2e-5 * np.abs(expected).max(), name
 
 
+@pytest.mark.slow
 def test_blocks_err_less_than_rounding(tmp_path, capsys) -> None:
     convert(write_tiny_llava(tmp_path / "hf"), tmp_path / "full")
     data = write_drawn_samples(tmp_path / "data", 4)

@@ -168,6 +168,7 @@ def test_padding_never_enters_the_moments(full) -> None:
     np.testing.assert_allclose(found[0][linears[0]].absolute, np.abs(normed).sum(0), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_blocks_err_less_than_rounding_and_a_killed_run_goes_on(full, tmp_path, capsys) -> None:
     data = write_drawn_samples(tmp_path / "data", 4)
     command = ["calibrate", str(full), "--method", "gptq", "--bits", "W4A16", "--group", "16"]
@@ -203,6 +204,7 @@ def test_blocks_err_less_than_rounding_and_a_killed_run_goes_on(full, tmp_path, 
             np.testing.assert_array_equal(value, right[name])
 
 
+@pytest.mark.slow
 def test_on_top_of_flatquant(full, tmp_path) -> None:
     """Transforms are learned, then GPTQ sees transformed and quantized inputs."""
     config = QuantizationConfig.parse("W4A4KV4", method="flatquant+gptq", modules=("projector",))

@@ -135,6 +135,7 @@ def test_training_forward_is_the_librarys():
     assert np.abs(training).max() > 1
 
 
+@pytest.mark.slow
 def test_the_model_sees(vlm):
     """Small sample of what the card states; three standard errors below its targets."""
     seeing = evaluation.evaluate(vlm, scenes=16, batch_size=8)

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 
 from quota_jax.errors import QuotaError
-from quota_jax.testbed.learning import flops, optimizer
+from quota_jax.testbed import optimizer
+from quota_jax.testbed.learning import flops
 from quota_jax.testbed.learning.card import write_card
 from quota_jax.testbed.learning.data import QUESTION_TYPES, Text
 from quota_jax.testbed.learning.models import init_params, tiny_model

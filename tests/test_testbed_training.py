@@ -181,15 +181,17 @@ def test_muon_orthogonalises_and_keeps_parts_apart():
         assert singular.min() > 0.4
         assert singular.max() < 1.3
     name = "decoder.layers.attn.qkv.weight"
-    params = {name: jnp.zeros((1, 24, 8)), "decoder.norm.scale": jnp.ones(8)}
-    grad = rng.normal(size=(1, 24, 8)).astype(np.float32)
+    queries = TINY.text.num_heads * TINY.text.head_dim
+    shape = (1, queries + 2 * TINY.text.num_kv_heads * TINY.text.head_dim, 8)
+    params = {name: jnp.zeros(shape), "decoder.norm.scale": jnp.ones(8)}
+    grad = rng.normal(size=shape).astype(np.float32)
     larger = grad.copy()
-    larger[:, :8] *= 50
+    larger[:, :queries] *= 50
     moved = []
     for g in (grad, larger):
         grads = {name: jnp.asarray(g), "decoder.norm.scale": jnp.ones(8)}
         state = optimizer.init_optimizer(params)
-        new, state, norm = optimizer.update(params, grads, state, learning_rate=0.1)
+        new, state, norm = optimizer.update(TINY, params, grads, state, learning_rate=0.1)
         assert float(norm) == pytest.approx(np.sqrt((g**2).sum() + 8), rel=1e-5)
         assert state.second.keys() == {"decoder.norm.scale"}
         moved.append(np.asarray(new[name]))

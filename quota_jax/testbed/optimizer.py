@@ -1,8 +1,8 @@
 """Muon for the matrices and AdamW for everything else, over a flat dictionary of parameters.
 
 Muon (Jordan et al. 2024): momentum, orthogonalised by five Newton-Schulz steps. Query, key and
-value rows (and gate and up) of a fused matrix are orthogonalised separately; stacked layers are a
-batch axis.
+value rows (of unequal heights with grouped heads) of a fused matrix are orthogonalised separately,
+and so are gate and up; stacked layers are a batch axis.
 """
 
 from __future__ import annotations
@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
+from quota_jax.config import ModelConfig
+
 Params = dict[str, Any]
 
 _MATRICES = (".attn.qkv.weight", ".attn.o.weight", ".mlp.up.weight", ".mlp.gate_up.weight")
 _MATRICES += (".mlp.down.weight", "projector.linear_1.weight", "projector.linear_2.weight")
-_PARTS = {".attn.qkv.weight": 3, ".mlp.gate_up.weight": 2}
 _DECAYED = ("patch_embed.weight",)
 MOMENTUM, BETA1, BETA2, EPS = 0.95, 0.9, 0.95, 1e-8
 
@@ -57,7 +58,20 @@ def orthogonalise(matrix: Any, dtype: Any = jnp.bfloat16) -> Any:
     return x.astype(jnp.float32)
 
 
+def row_parts(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Where the rows of joined matrices are cut, by parameter name."""
+    vision, text = config.vision, config.text
+    d, queries = vision.hidden_size, text.num_heads * text.head_dim
+    return {
+        "vision.layers.attn.qkv.weight": (d, 2 * d),
+        "vision.layers.mlp.gate_up.weight": (vision.intermediate_size,),
+        "decoder.layers.attn.qkv.weight": (queries, queries + text.num_kv_heads * text.head_dim),
+        "decoder.layers.mlp.gate_up.weight": (text.intermediate_size,),
+    }
+
+
 def update(
+    config: ModelConfig,
     params: Params,
     grads: Params,
     state: OptimizerState,
@@ -67,6 +81,7 @@ def update(
     clip: float = 1.0,
 ) -> tuple[Params, OptimizerState, Any]:
     """One step: new parameters, new state and the gradient's global norm before clipping."""
+    cuts = row_parts(config)
     norm = jnp.sqrt(sum(jnp.sum(g.astype(jnp.float32) ** 2) for g in grads.values()))
     factor = jnp.minimum(1.0, clip / (norm + 1e-6))
     step = state.step + 1
@@ -78,12 +93,11 @@ def update(
         if uses_muon(name):
             first[name] = MOMENTUM * state.first[name] + grad
             direction = grad + MOMENTUM * first[name]
-            parts = next((n for end, n in _PARTS.items() if name.endswith(end)), 1)
-            pieces = jnp.split(direction, parts, axis=-2)
-            rows, columns = pieces[0].shape[-2:]
-            scale = 0.2 * math.sqrt(max(rows, columns))
-            moved = jnp.concatenate([orthogonalise(p) for p in pieces], axis=-2) * scale
-            moved = moved + weight_decay * value
+            moved = [
+                orthogonalise(part) * (0.2 * math.sqrt(max(part.shape[-2:])))
+                for part in jnp.split(direction, cuts.get(name, ()), axis=-2)
+            ]
+            moved = jnp.concatenate(moved, axis=-2) + weight_decay * value
         else:
             first[name] = BETA1 * state.first[name] + (1 - BETA1) * grad
             second[name] = BETA2 * state.second[name] + (1 - BETA2) * grad**2

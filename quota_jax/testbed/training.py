@@ -179,7 +179,7 @@ def train_step(
         state.params, config, batch, knobs.aux_weight
     )
     params, moments, norm = optimizer.update(
-        state.params, grads, state.optimizer, learning_rate=knobs.learning_rate
+        config.model, state.params, grads, state.optimizer, learning_rate=knobs.learning_rate
     )
     return TrainState(params, moments), jnp.stack([language, auxiliary, norm])
 

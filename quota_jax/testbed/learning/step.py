@@ -16,7 +16,8 @@ import numpy as np
 
 from quota_jax.config import ModelConfig, QwenVisionConfig, QwenVlConfig
 from quota_jax.errors import QuotaError
-from quota_jax.testbed.learning import llava, optimizer, qwen
+from quota_jax.testbed import optimizer
+from quota_jax.testbed.learning import llava, qwen
 from quota_jax.testbed.learning.data import (
     FULL,
     Quiz,

@@ -36,7 +36,7 @@ from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe
 from quota_jax.testbed import small_llava_path
 
-QUESTION = "Is there a red circle left of the blue square ?"
+QUESTION = "Is there a red car left of the blue house?"
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,13 @@ from quota_jax.quant import calibrate_awq
 from quota_jax.quant.awq import AwqOptions, clip_groups, search_scale, tied
 from quota_jax.quant.blocks import Block, forward
 from quota_jax.quant.calibrate_awq import scaled, with_input_scales
-from quota_jax.quant.calibration_data import Sample, make_batches, write_drawn_samples
+from quota_jax.quant.calibration_data import Sample, make_batches
 from quota_jax.quant.folding import find_sites
 from quota_jax.quant.groups import Groups
 from quota_jax.quant.moments import Moments
 from quota_jax.quant.streaming import Stream
 from quota_jax.quantization import QuantizationConfig
+from quota_jax.testbed.samples import write_samples
 from quota_jax.vlm import load
 from tests.tiny_models import draw_picture, write_tiny_llava
 from tests.tiny_qwen import write_tiny_qwen
@@ -149,7 +150,7 @@ def test_scales_change_nothing_before_rounding(tmp_path, family, monkeypatch) ->
 @pytest.mark.slow
 def test_blocks_err_less_than_rounding(tmp_path, capsys) -> None:
     convert(write_tiny_llava(tmp_path / "hf"), tmp_path / "full")
-    data = write_drawn_samples(tmp_path / "data", 4)
+    data = write_samples(tmp_path / "calib.json", 4)
     command = ["calibrate", str(tmp_path / "full"), "--method", "awq", "--data", str(data)]
     command += ["--modules", "decoder", "--group", "16", "--out", str(tmp_path / "awq")]
     assert main(command) == 0

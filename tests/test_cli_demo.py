@@ -1,66 +1,74 @@
-"""``quota-jax demo`` on an untrained model of the shipped one's kind."""
+"""``quota-jax demo`` on untrained models of the shipped ones' kind."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
+from untrained import write_untrained
 
 import quota_jax.testbed as testbed
 from quota_jax.checkpoint import open_checkpoint
 from quota_jax.cli import main
-from quota_jax.testbed.evaluate import MAIN_TYPES, make_items
-from quota_jax.testbed.export import write_hf_folder
-from quota_jax.testbed.training_model import SMALL_LLAVA, init_params
+from quota_jax.cli.demo import _clear
+from quota_jax.cli.demo_sheet import WIDTH, fade_dropped
+from quota_jax.testbed.evaluate import make_items
+
+LAYERS = {"llava": 4, "qwen2_5_vl": 8}
+"""Enough for some of the paper's candidate layers."""
 
 
 @pytest.fixture(scope="module")
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    vision = dataclasses.replace(
-        SMALL_LLAVA.vision, hidden_size=32, intermediate_size=48, num_layers=3, num_heads=2
-    )
-    text = dataclasses.replace(
-        SMALL_LLAVA.text,
-        **{"hidden_size": 48, "intermediate_size": 64, "num_layers": 4, "head_dim": 16},
-        **{"num_heads": 3, "num_kv_heads": 3},
-    )
-    config = dataclasses.replace(SMALL_LLAVA, vision=vision, text=text)
-    folder = tmp_path_factory.mktemp("demo") / "model"
-    write_hf_folder(folder, init_params(config, 1), config, card="untrained\n")
-    return folder
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("demo")
+    return {
+        family: write_untrained(root / family, family, num_layers=layers)
+        for family, layers in LAYERS.items()
+    }
 
 
+@pytest.fixture(autouse=True)
+def shipped(monkeypatch, untrained: dict[str, Path]) -> None:
+    monkeypatch.setattr(testbed, "small_model_path", untrained.__getitem__)
+
+
+@pytest.mark.parametrize("family", list(LAYERS))
 def test_demo_shows_truth_beside_both_answers_and_saves_pictures(
-    untrained: Path, tmp_path: Path, monkeypatch, capsys
+    family: str, tmp_path: Path, capsys
 ) -> None:
-    monkeypatch.setattr(testbed, "small_llava_path", lambda: untrained)
     out = tmp_path / "out"
-    command = ["demo", "--out", str(out), "--pictures", "2", "--seed", "3", "--keep", "0.25"]
-    command += ["--method", "rtn"]
+    command = ["demo", "--model", family, "--out", str(out), "--pictures", "2", "--seed", "3"]
+    command += ["--questions", "3", "--keep", "0.25", "--method", "rtn"]
     assert main(command) == 0
     text, err = capsys.readouterr()
     assert err == ""
 
-    items = make_items(2, 3, MAIN_TYPES)
-    assert len(items) >= 2
-    for scene, question in items:
+    items = make_items(2, 3, questions=3, family=family)
+    assert len(items) == 6
+    for item in items:
         row = next(
             line
             for line in text.splitlines()
-            if line.startswith(f"scene_{scene.index}.png") and question.text in line
+            if line.startswith(f"scene_{item.picture}.png") and item.question in line
         )
-        assert question.answer in row.split(question.text)[1]
-    assert "144 of 576" in text  # ceil(.25 * 576) after the last stage
+        assert item.answer in row.split(item.question)[1]
+    # Pictures of 336 x 336 and 280 x 448 pixels have 144 and 160 tokens of 28 x 28.
+    assert ("144 of 576" if family == "llava" else "38 of 152") in text
+    assert "of 6 " in text
     small = open_checkpoint(out / "W4A4KV4")
     assert small.quantization.label == "W4A4KV4"
-    assert [stage.layer for stage in small.recipe.stages] == [2, 3]
+    stages = [2, 3] if family == "llava" else [7]
+    assert [stage.layer for stage in small.recipe.stages] == stages
     assert small.recipe.stages[-1].keep == 0.25
     assert open_checkpoint(out / "full").recipe.is_none
-    for name, width in (("scene_0", 336), ("scene_1", 336), ("answers", 760)):
-        with Image.open(out / f"{name}.png") as picture:
-            assert picture.width == width
+    for number in (0, 1):
+        with Image.open(out / f"scene_{number}.png") as picture:
+            assert picture.size == items[3 * number].image.size
+    with Image.open(out / "answers.png") as sheet:
+        assert sheet.width == WIDTH
+        assert len(sheet.convert("RGB").getcolors(2**24) or ()) > 1000
 
     foreign = tmp_path / "foreign"
     (foreign / "full").mkdir(parents=True)
@@ -69,15 +77,22 @@ def test_demo_shows_truth_beside_both_answers_and_saves_pictures(
     assert capsys.readouterr().err.count("\n") == 1
     assert (foreign / "full" / "mine.txt").read_text() == "keep me"
     # A second run replaces the first one's checkpoints.
-    first = (out / "full" / "manifest.json").stat().st_mtime_ns
-    assert main(command) == 0
-    assert (out / "full" / "manifest.json").stat().st_mtime_ns > first
+    _clear(out / "full")
+    assert not (out / "full").exists()
 
 
-def test_demo_learns_from_pictures_that_it_does_not_ask_about(
-    untrained: Path, tmp_path: Path, monkeypatch, capsys
-) -> None:
-    monkeypatch.setattr(testbed, "small_llava_path", lambda: untrained)
+def test_dropped_tokens_fade_and_kept_ones_stay() -> None:
+    pixels = np.zeros((56, 28, 3), np.uint8)
+    pixels[..., 0] = 200
+    kept = np.array([[True, False], [False, False], [False, True], [False, False]])
+    faded = np.asarray(fade_dropped(Image.fromarray(pixels), kept))
+    cells = faded.reshape(4, 14, 2, 14, 3).transpose(0, 2, 1, 3, 4)
+    assert (cells[kept] == (200, 0, 0)).all()
+    saturation = cells[~kept].max(-1).astype(int) - cells[~kept].min(-1)
+    assert saturation.max() < 60
+
+
+def test_demo_learns_from_drawn_pictures(tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     small = ["--pictures", "1", "--samples", "2", "--steps", "2"]
     assert main(["demo", "--out", str(out), *small]) == 0
@@ -85,16 +100,13 @@ def test_demo_learns_from_pictures_that_it_does_not_ask_about(
     assert err == ""
     assert "FlatQuant on 2 drawn pictures, 2 steps a block" in text
     assert open_checkpoint(out / "W4A4KV4").quantization.method == "flatquant"
-    drawn = sorted((out / "calibration").glob("*.png"))
-    assert len(drawn) == 2
-    asked = (out / "scene_0.png").read_bytes()
-    assert asked not in [path.read_bytes() for path in drawn]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--pictures", "0"], "--pictures must be at least 1"),
+        (["--pictures", "0"], "pictures must be at least 1"),
+        (["--questions", "0"], "questions must be at least 1"),
         (["--keep", "2"], "keep must lie in"),
         (["--bits", "W3"], "do not read like"),
         (["--samples", "0"], "--samples must be at least 1"),
@@ -102,9 +114,8 @@ def test_demo_learns_from_pictures_that_it_does_not_ask_about(
     ],
 )
 def test_bad_options_write_nothing(
-    untrained: Path, tmp_path: Path, monkeypatch, capsys, options: list[str], message: str
+    tmp_path: Path, capsys, options: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(testbed, "small_llava_path", lambda: untrained)
     assert main(["demo", "--out", str(tmp_path / "out"), *options]) == 2
     out, err = capsys.readouterr()
     assert out == ""

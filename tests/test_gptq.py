@@ -15,11 +15,12 @@ from quota_jax.errors import QuotaError
 from quota_jax.quant.blocks import Block
 from quota_jax.quant.calibrate import FlatQuantGptqOptions, calibrate
 from quota_jax.quant.calibrate_flatquant import FlatQuantOptions
-from quota_jax.quant.calibration_data import Sample, make_batches, write_drawn_samples
+from quota_jax.quant.calibration_data import Sample, make_batches
 from quota_jax.quant.gptq import GptqOptions, gptq, inverse_factor
 from quota_jax.quant.groups import Groups
 from quota_jax.quant.moments import moments
 from quota_jax.quantization import QuantizationConfig
+from quota_jax.testbed.samples import write_samples
 from quota_jax.vlm import load
 from tests.tiny_models import draw_picture, write_tiny_llava
 
@@ -170,7 +171,7 @@ def test_padding_never_enters_the_moments(full) -> None:
 
 @pytest.mark.slow
 def test_blocks_err_less_than_rounding_and_a_killed_run_goes_on(full, tmp_path, capsys) -> None:
-    data = write_drawn_samples(tmp_path / "data", 4)
+    data = write_samples(tmp_path / "calib.json", 4)
     command = ["calibrate", str(full), "--method", "gptq", "--bits", "W4A16", "--group", "16"]
     command += ["--data", str(data), "--act-order", "--modules", "projector", "decoder"]
     assert main([*command, "--out", str(tmp_path / "whole")]) == 0

@@ -116,6 +116,24 @@ def test_joined_rows_of_grouped_heads_move_apart():
     assert not uses_muon("decoder.embed.weight")
 
 
+def test_muon_orthogonalises_and_adam_takes_the_rest():
+    rng = np.random.default_rng(0)
+    for shape in ((2, 24, 40), (2, 40, 24)):
+        values = jnp.asarray(rng.normal(size=shape).astype(np.float32))
+        singular = np.linalg.svd(np.asarray(orthogonalise(values, jnp.float32)))[1]
+        # The quintic iteration settles in about 0.7 .. 1.2, not at 1.
+        assert singular.min() > 0.4
+        assert singular.max() < 1.3
+    params = {"decoder.norm.scale": jnp.ones(8), "projector.linear_1.weight": jnp.zeros((4, 8))}
+    grads = {"decoder.norm.scale": jnp.ones(8), "projector.linear_1.weight": jnp.ones((4, 8))}
+    state = init_optimizer(params)
+    assert state.second.keys() == {"decoder.norm.scale"}
+    new, _, norm = optimizer.update(tiny_model("llava"), params, grads, state, learning_rate=0.1)
+    assert float(norm) == pytest.approx(np.sqrt(40), rel=1e-5)
+    # The first step of Adam is the sign times the rate.
+    np.testing.assert_allclose(new["decoder.norm.scale"], 0.9, atol=1e-3)
+
+
 def test_the_plan():
     config = tiny("llava", learning_rate=1e-2, warmup_steps=100, anneal_share=0.5)
     rates = [plan(config, 200, p).learning_rate for p in (0, 0.5, 0.75, 0.999, 1)]

@@ -14,6 +14,7 @@ from quota_jax.testbed.world.layout import (
     MAX_OBJECTS,
     Difficulty,
     Layout,
+    Uniforms,
     sample_layout,
     scene_uniforms,
 )
@@ -33,7 +34,6 @@ from quota_jax.testbed.world.vocabulary import (
     UNK,
     WORDS,
     build_tokenizer,
-    processor_files,
 )
 
 SOLID = ("house", "heart", "cloud", "apple", "cup", "cat")
@@ -223,7 +223,19 @@ def test_tokenizer_keeps_option_letters_only():
     assert tokenizer.decode([ID["B"]]) == "B"
     assert ID[UNK] not in pieces.ids
     assert [tokenizer.id_to_token(i) for i in range(len(WORDS))] == list(WORDS)
-    assert set(processor_files()) >= {"tokenizer.json", "chat_template.jinja"}
+
+
+def test_free_text():
+    tokenizer = build_tokenizer()
+
+    def pieces(text: str) -> list[str]:
+        return tokenizer.encode(text, add_special_tokens=False).tokens
+
+    assert pieces("Is there a RED Car?") == ["is", "there", "a", "red", "car", "?"]
+    assert pieces("42 cars, 123") == ["4", "##2", "cars", ",", "1", "##2", "##3"]
+    assert pieces("USER: <image>\nWho?") == ["user:", "<image>", "who", "?"]
+    assert pieces("carpet 4x @") == ["car", "##p", "##e", "##t", "4", "x", UNK]
+    assert tokenizer.encode("").ids == [ID["<s>"]]
 
 
 def test_draw_scenes_is_fixed_and_checks_its_arguments():
@@ -243,3 +255,5 @@ def test_draw_scenes_is_fixed_and_checks_its_arguments():
         draw_scenes(0, 1, size=(336, 340))
     with pytest.raises(QuotaError, match="seed must be"):
         draw_scenes(-1, 1)
+    with pytest.raises(ValueError, match="uniforms wanted"):
+        Uniforms(np.zeros((1, 3))).take(4)

@@ -41,9 +41,12 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class CalibrationData:
-    """Batches of equal shape; the first ``counts[i]`` rows of batch i are samples."""
+    """Batches of equal shape; the first ``counts[i]`` rows of batch i are samples.
 
-    batches: list[Batch]
+    While blocks are calibrated on a pruned model, ``batches`` hold what is left for the next one.
+    """
+
+    batches: list[Any]
     counts: list[int]
 
     def masks(self, block: Block) -> list[jax.Array]:
@@ -128,23 +131,6 @@ def digest(samples: Sequence[Sample]) -> str:
             pixels = np.asarray(sample.image)
             found.update(f"{pixels.shape}".encode() + pixels.tobytes())
     return found.hexdigest()
-
-
-def write_drawn_samples(folder: str | Path, count: int, *, seed: int = 0) -> Path:
-    """Draws scenes of the testbed with one question and answer each; returns the list's path."""
-    from quota_jax.testbed import ask, draw_scenes
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    entries = []
-    for scene in draw_scenes(seed=seed, count=count):
-        name = f"scene_{scene.index:04d}.png"
-        scene.pil.save(folder / name)
-        question = ask(scene, seed)
-        entries.append({"image": name, "text": f"{question.prompt} {question.answer}"})
-    path = folder / "calib.json"
-    path.write_text(json.dumps(entries, indent=1) + "\n")
-    return path
 
 
 def make_batches(

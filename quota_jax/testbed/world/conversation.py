@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from quota_jax.testbed.conversation import compact
 from quota_jax.testbed.world.layout import MAX_SIGNS, Layout, grid_cell
 from quota_jax.testbed.world.questions import CHOICE, Questions
 from quota_jax.testbed.world.vocabulary import (
@@ -29,8 +28,6 @@ from quota_jax.testbed.world.words import (
     YES,
     spell,
 )
-
-__all__ = ["caption_turn", "compact", "prompt_words", "turns"]
 
 SINGLE_WORD = "Answer the question using a single word or phrase."
 YES_OR_NO = "Please answer yes or no."
@@ -140,3 +137,14 @@ def caption_turn(layout: Layout, xp: Any = np) -> tuple[Any, Any]:
     words = xp.concatenate([ask, objects, signs, fixed(EOS)], axis=1).astype(np.int32)
     predicted = xp.broadcast_to(xp.arange(words.shape[1]) >= ask.shape[1], words.shape)
     return words, predicted
+
+
+def compact(words: Any, weights: Any, length: int, xp: Any = np) -> tuple[Any, Any]:
+    """Remove holes: tokens [B, length] and their weights, both 0 behind the end of the words.
+
+    Rows with more than `length` words lose the last ones; rows of fewer slots are not widened.
+    """
+    order = xp.argsort(words == HOLE, axis=1, stable=True)[:, :length]
+    tokens = xp.take_along_axis(words, order, axis=1)
+    real = tokens != HOLE
+    return xp.where(real, tokens, 0), xp.where(real, xp.take_along_axis(weights, order, axis=1), 0)

@@ -8,14 +8,13 @@ the same scenes on every machine. Batch `B` leads; `M = MAX_OBJECTS` and `S = MA
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from quota_jax.testbed.layout import SIGN_PADDING, Uniforms, pick, sign_half_extent
+from quota_jax.testbed.world.letters import GLYPH_ASPECT
 from quota_jax.testbed.world.vocabulary import COLORS, FIRST_LETTER, KINDS
-
-__all__ = ["SIGN_PADDING", "Difficulty", "Layout", "Uniforms", "pick", "sample_layout"]
 
 IMAGE_SIZE = 336
 MAX_OBJECTS = 14
@@ -37,6 +36,8 @@ _SIGN_TURN = (5.0, 18.0, 8.0)
 """
 _VOWELS = np.array([0, 4, 8, 14, 20], np.int32)
 _CONSONANTS = np.array([i for i in range(26) if i not in (0, 4, 8, 14, 20)], np.int32)
+SIGN_PADDING = 0.35
+"""Margin between text and the edge of the sign, in letter heights."""
 BACKDROP = 12 + 5 * NUM_STROKES + 6 * NUM_BLOBS
 
 
@@ -108,6 +109,33 @@ class Layout(NamedTuple):
     noise_seed: Any
     width: Any
     height: Any
+
+
+class Uniforms:
+    """Hands out consecutive columns of a [B, n] array of uniforms in [0, 1)."""
+
+    def __init__(self, values: Any) -> None:
+        self._values = values
+        self._next = 0
+
+    def take(self, *shape: int) -> Any:
+        """The next columns as an array [B, *shape]."""
+        count = math.prod(shape)
+        start, self._next = self._next, self._next + count
+        if self._next > self._values.shape[1]:
+            raise ValueError(f"{self._next} uniforms wanted, {self._values.shape[1]} given")
+        return self._values[:, start : self._next].reshape((self._values.shape[0], *shape))
+
+
+def pick(xp: Any, uniform: Any, count: int) -> Any:
+    """Integer in [0, count) from a uniform in [0, 1)."""
+    return xp.minimum((uniform * count).astype(np.int32), count - 1)
+
+
+def sign_half_extent(xp: Any, length: Any, height: Any) -> tuple[Any, Any]:
+    """Half width and half height in pixels of the (unrotated) panel of a sign."""
+    padding = SIGN_PADDING * height
+    return 0.5 * length * GLYPH_ASPECT * height + padding, 0.5 * height + padding
 
 
 UNIFORMS_PER_SCENE = (

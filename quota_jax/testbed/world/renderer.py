@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, UInt8
 
-from quota_jax.testbed.layout import sign_half_extent
 from quota_jax.testbed.world.atlas import GLYPH_ASPECT, GLYPH_HEIGHTS, GLYPHS, ICON_SIZES, atlas
 from quota_jax.testbed.world.layout import (
     HELD_OUT,
@@ -26,6 +25,7 @@ from quota_jax.testbed.world.layout import (
     NUM_BLOBS,
     NUM_STROKES,
     Layout,
+    sign_half_extent,
 )
 from quota_jax.testbed.world.vocabulary import COLORS, KINDS
 

@@ -9,48 +9,13 @@ with a known word (`FIRST_LETTER`), so greedy word pieces split them the same wa
 from __future__ import annotations
 
 import string
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from quota_jax.testbed.vocabulary import (
-    ASSISTANT,
-    BOS,
-    CHAT_TEMPLATE,
-    EOS,
-    IMAGE,
-    PAD,
-    SPECIALS,
-    UNK,
-    USER,
-    prompt,
-)
-from quota_jax.testbed.vocabulary import processor_files as _old_processor_files
-
-__all__ = [
-    "ASSISTANT",
-    "BOS",
-    "CHAT_TEMPLATE",
-    "COLORS",
-    "COLUMNS",
-    "EOS",
-    "ID",
-    "IMAGE",
-    "KINDS",
-    "NAMES",
-    "OPTION_LETTERS",
-    "PAD",
-    "PLURALS",
-    "ROWS",
-    "UNK",
-    "USER",
-    "VOCAB_SIZE",
-    "WORDS",
-    "build_tokenizer",
-    "processor_files",
-    "prompt",
-    "write_processor_files",
-]
+PAD, BOS, EOS, UNK, IMAGE = "<pad>", "<s>", "</s>", "<unk>", "<image>"
+SPECIALS: tuple[str, ...] = (PAD, BOS, EOS, UNK, IMAGE)
+USER, ASSISTANT = "user:", "assistant:"
 
 KINDS: tuple[str, ...] = (
     "car", "tree", "house", "flower", "fish", "cup", "key", "boat", "cloud", "umbrella",
@@ -146,7 +111,7 @@ Afterwards no known word of two or more letters is a prefix of the text, so word
 """
 
 
-def build_tokenizer():
+def build_tokenizer() -> Any:
     """The `tokenizers.Tokenizer` of the world (word pieces over a closed vocabulary)."""
     from tokenizers import (
         AddedToken,
@@ -176,15 +141,3 @@ def build_tokenizer():
         [AddedToken(letter, normalized=False, single_word=True) for letter in OPTION_LETTERS]
     )
     return tokenizer
-
-
-def processor_files(image_size: int = 336, patch_size: int = 14) -> dict[str, bytes]:
-    """Contents of a LLaVA folder's tokenizer and processor files, by file name."""
-    files = _old_processor_files(image_size, patch_size)
-    return files | {"tokenizer.json": build_tokenizer().to_str(pretty=True).encode()}
-
-
-def write_processor_files(folder: Path) -> None:
-    """Write `processor_files()` into an existing folder."""
-    for name, content in processor_files().items():
-        (folder / name).write_bytes(content)

@@ -32,12 +32,16 @@ def choices() -> list[tuple[str, str, str]]:
     """Operation, shape and what "auto" takes for it on this machine (shapes of LLaVA-1.5-7B)."""
     from pallas_kernels.attention.api import automatic as attention
     from pallas_kernels.int4_matmul.api import automatic as matmul
+    from pallas_kernels.kv4_append.api import automatic as append
     from pallas_kernels.kv4_attention.api import automatic as decode
+    from pallas_kernels.transform_quantize.api import automatic as quantize
 
     rows = [
         ("int4_matmul", f"{tokens} tokens, 22016 x 4096", matmul(tokens, 22016, 4096))
         for tokens in (1, 8, 640)
     ]
+    rows.append(("transform_quantize", "rows of 4096", quantize(4096)))
+    rows.append(("kv4_append", "any", append()))
     rows.append(("kv4_attention", "32 heads of 128", decode(128)))
     for dtype in ("bfloat16", "float32"):
         rows.append(("sequence_attention", f"heads of 128, {dtype}", attention(dtype, 128)))

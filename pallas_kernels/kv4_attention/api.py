@@ -11,7 +11,7 @@ from pallas_kernels.attention.reference import BLOCK
 from pallas_kernels.dispatch import AUTO, resolve
 from pallas_kernels.kv4_attention.reference import decode_attention, dequantize
 
-IMPLEMENTATIONS = ("pallas_triton", "pallas_tpu", "xla")
+IMPLEMENTATIONS = ("pallas_triton", "pallas_triton_blocks", "pallas_tpu", "xla")
 
 
 def kv4_attention(
@@ -34,8 +34,14 @@ def kv4_attention(
     are ignored. Grouped queries: head ``n`` reads key head ``n // (N / K)``. float32 softmax and
     output.
     """
-    head_dim = query.shape[-1]
-    name = resolve("kv4_attention", impl, automatic(head_dim), IMPLEMENTATIONS, refusals(head_dim))
+    head_dim, group = query.shape[-1], query.shape[1] // key.shape[2]
+    name = resolve(
+        "kv4_attention",
+        impl,
+        automatic(head_dim, group),
+        IMPLEMENTATIONS,
+        refusals(head_dim, group),
+    )
     arrays = (
         *(query, key, value, key_scale, value_scale, key_zero, value_zero),
         lengths.astype(jnp.int32),
@@ -49,6 +55,8 @@ def kv4_attention(
         return reference(*arrays)
     if name == "pallas_tpu":
         from pallas_kernels.kv4_attention.pallas_tpu import kv4_attention_tpu as run
+    elif name == "pallas_triton_blocks":
+        from pallas_kernels.kv4_attention.pallas_triton_blocks import kv4_attention_blocks as run
     else:
         from pallas_kernels.kv4_attention.pallas_triton import kv4_attention_split as run
 
@@ -60,19 +68,27 @@ def kv4_attention(
     return on_platform("tpu" if name == "pallas_tpu" else "cuda", kernel, reference)(*arrays)
 
 
-def automatic(head_dim: int) -> str:
-    """A kernel wherever one can run."""
-    refused = refusals(head_dim)
-    return next((name for name in IMPLEMENTATIONS if name not in refused), "xla")
+def automatic(head_dim: int, group: int = 1) -> str:
+    """A kernel wherever one can run; ``group``: queries per key head.
+
+    ``pallas_triton_blocks`` was the faster one at every size tried but one, where both took 11 us
+    (``measured/decode_kernels.md``).
+    """
+    refused = refusals(head_dim, group)
+    order = ("pallas_triton_blocks", "pallas_triton", "pallas_tpu")
+    return next((name for name in order if name not in refused), "xla")
 
 
-def refusals(head_dim: int) -> dict[str, str]:
+def refusals(head_dim: int, group: int = 1) -> dict[str, str]:
     """Why a kernel cannot run here."""
     found = {}
-    if find_gpu() is None:
-        found["pallas_triton"] = "it needs an NVIDIA GPU"
-    elif head_dim % 8:
-        found["pallas_triton"] = f"heads of {head_dim}: a multiple of 8 is needed"
+    for name in ("pallas_triton", "pallas_triton_blocks"):
+        if find_gpu() is None:
+            found[name] = "it needs an NVIDIA GPU"
+        elif head_dim % 8:
+            found[name] = f"heads of {head_dim}: a multiple of 8 is needed"
+    if group > 16:
+        found.setdefault("pallas_triton_blocks", f"{group} queries per key head: at most 16")
     if not has_tpu():
         found["pallas_tpu"] = "it needs a TPU"
     return found

@@ -1,0 +1,83 @@
+"""Public entry of the append to a 4-bit key/value cache."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.accelerator import find_gpu, on_platform
+from pallas_kernels.dispatch import AUTO, resolve
+from pallas_kernels.kv4_append.reference import (
+    Appended,
+    Packed,
+    Sites,
+    kv4_append_reference,
+)
+
+IMPLEMENTATIONS = ("pallas_triton", "xla")
+MEASURED = False
+"""Whether "auto" may take the kernel. It has not been timed on a GPU yet."""
+
+
+def kv4_append(
+    qkv: Float[Array, "B rows"],
+    cos: Float[Array, "B half"],
+    sin: Float[Array, "B half"],
+    key: Packed,
+    value: Packed,
+    lengths: Int[Array, " B"],
+    layer: Array | int,
+    *,
+    site_layer: Array | int | None = None,
+    query_transform: Float[Array, "L H H"] | None = None,
+    key_transform: Float[Array, "L H H"] | None = None,
+    clip: Float[Array, "L 2 2"] | None = None,
+    impl: str = AUTO,
+) -> Appended:
+    """Rotates the new token's queries and keys; writes its keys and values at ``lengths``.
+
+    Args:
+      qkv: the fused projection of one token per sample, ``N + 2 K`` heads of ``H``: queries, keys,
+        values.
+      cos, sin: rotary angles, ``[B, H/2]``; pair ``(i, i + H/2)`` of a head is turned in float32.
+      key, value: codes, scales and zeros of the whole stack of layers. Donated where they can be.
+      lengths: tokens that each sample has; one with ``S`` of them is left as it is.
+      layer: index into the caches. site_layer: index into the following, if it is another one.
+      query_transform, key_transform: multiplied to each rotated query and key (FlatQuant's P_k).
+      clip: for keys and for values, factors of the largest and of the smallest value.
+
+    Asymmetric 4-bit per token per head, ``x ~ scale * (code - zero)`` with the scale rounded to its
+    stored dtype first; the range always contains 0.
+    """
+    head_dim = 2 * cos.shape[-1]
+    if qkv.shape[-1] % head_dim or qkv.shape[-1] // head_dim <= 2 * key[0].shape[2]:
+        raise ValueError(
+            f"kv4_append: {qkv.shape[-1]} values are no queries beside 2 x {key[0].shape[2]} heads "
+            f"of {head_dim}"
+        )
+    name = resolve("kv4_append", impl, automatic(), IMPLEMENTATIONS, refusals())
+    layer = jnp.asarray(layer, jnp.int32)
+    place = layer if site_layer is None else jnp.asarray(site_layer, jnp.int32)
+    sites = Sites(query_transform, key_transform, clip)
+    arrays = qkv, cos, sin, key, value, lengths, layer, place, sites
+    if name == "xla":
+        return kv4_append_reference(*arrays)
+
+    def kernel(*arrays):
+        from pallas_kernels.kv4_append.pallas_triton import kv4_append_triton
+
+        return kv4_append_triton(*arrays)
+
+    if impl != AUTO:
+        return kernel(*arrays)
+    return on_platform("cuda", kernel, kv4_append_reference)(*arrays)
+
+
+def automatic() -> str:
+    """The kernel wherever it can run, once it has been measured."""
+    return "pallas_triton" if MEASURED and not refusals() else "xla"
+
+
+def refusals() -> dict[str, str]:
+    """Why the kernel cannot run here."""
+    return {"pallas_triton": "it needs an NVIDIA GPU"} if find_gpu() is None else {}

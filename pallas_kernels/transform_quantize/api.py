@@ -1,0 +1,114 @@
+"""Public entry of what stands between two matmuls."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from pallas_kernels.accelerator import find_gpu, on_platform
+from pallas_kernels.dispatch import AUTO, resolve
+from pallas_kernels.transform_quantize.reference import (
+    Quantized,
+    Sites,
+    transform_quantize_reference,
+)
+
+IMPLEMENTATIONS = ("pallas_triton", "xla")
+MEASURED = False
+"""Whether "auto" may take the kernel. It has not been timed on a GPU yet."""
+
+
+def transform_quantize(
+    x: Float[Array, "M width"],
+    layer: Array | int | None = None,
+    *,
+    bits: int,
+    added: Float[Array, "M K"] | None = None,
+    norm: Array | None = None,
+    eps: float = 0.0,
+    gated: bool = False,
+    left: Array | None = None,
+    right: Array | None = None,
+    clip: Array | None = None,
+    impl: str = AUTO,
+) -> Quantized:
+    """``Q(T(norm(x + added)))`` or ``Q(T(silu(gate) * up))``: integers for the next matmul.
+
+    Args:
+      x: rows of the residual stream ``[M, K]``, or with ``gated`` gate and up ``[M, 2K]``.
+      layer: index into parameters that are stacks ``[L, ...]``; None: they have no such axis.
+      bits: 4 or 8; ``codes`` are int8 in any case.
+      added: a sublayer's output; the sum is returned as ``states`` in the dtype of ``x``.
+      norm: RMSNorm weight ``[K]``, with ``eps``.
+      left, right: factors ``[a, a]``, ``[b, b]`` of the transform, ``K = a b`` (FlatQuant, Sun et
+        al. 2025, section 3.1): a row as a matrix ``a x b`` becomes ``left^T X right``. ``left``
+        alone mixes ``a`` heads of ``K / a``.
+      clip: factors ``[2]`` of a row's largest and smallest value.
+      impl: "auto" or the name of an implementation; a named one that cannot run raises ValueError.
+
+    ``scale`` is the largest absolute value over ``2^(bits - 1) - 1``; codes are rounded to nearest,
+    ties to even. Sum, gate and norm are rounded to the dtype of ``x``, as separate layers would.
+    """
+    if bits not in (4, 8):
+        raise ValueError(f"transform_quantize: bits must be 4 or 8, got {bits}")
+    if left is None and right is not None:
+        raise ValueError("transform_quantize: right needs left")
+    if gated and (added is not None or norm is not None):
+        raise ValueError("transform_quantize: a gated input has neither a norm nor a sum before it")
+    inputs = x.shape[-1] // 2 if gated else x.shape[-1]
+    if left is not None:
+        a = left.shape[-1]
+        b = inputs // a if right is None else right.shape[-1]
+        if a * b != inputs:
+            raise ValueError(
+                f"transform_quantize: factors of {a} and {b} do not make {inputs} inputs"
+            )
+    heads = 1 if left is None else left.shape[-1]
+    name = resolve(
+        "transform_quantize",
+        impl,
+        automatic(inputs, heads),
+        IMPLEMENTATIONS,
+        refusals(inputs, heads),
+    )
+    stacks = [norm, left, right, clip]
+    if layer is None:
+        stacks, layer = [None if a is None else a[None] for a in stacks], 0
+    options = {"bits": bits, "eps": eps, "gated": gated}
+
+    def reference(x, added, sites, layer):
+        def own(array):
+            return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
+
+        return transform_quantize_reference(x, added, jax.tree.map(own, sites), **options)
+
+    def kernel(x, added, sites, layer):
+        from pallas_kernels.transform_quantize.pallas_triton import transform_quantize_triton
+
+        return transform_quantize_triton(x, added, sites, layer, **options)
+
+    arrays = x, added, Sites(*stacks), jnp.asarray(layer, jnp.int32)
+    if name == "xla":
+        return reference(*arrays)
+    return kernel(*arrays) if impl != AUTO else on_platform("cuda", kernel, reference)(*arrays)
+
+
+def automatic(inputs: int, left: int = 1) -> str:
+    """The kernel wherever it can run, once it has been measured; ``left``: the first factor."""
+    can = "pallas_triton" not in refusals(inputs, left)
+    return "pallas_triton" if MEASURED and can else "xla"
+
+
+def refusals(inputs: int, left: int = 1) -> dict[str, str]:
+    """Why the kernel cannot run here."""
+    if find_gpu() is None:
+        return {"pallas_triton": "it needs an NVIDIA GPU"}
+    if left == 1 and inputs > 32768:
+        return {"pallas_triton": f"{inputs} inputs: a program holds at most 32768"}
+    sides = left, inputs // left
+    padded = [max(16, 1 << (side - 1).bit_length()) for side in sides]
+    if left > 1 and max(padded) > 128:
+        # 128 x 148 padded to 128 x 256 asks for 320 KB of shared memory; 227 are there.
+        return {"pallas_triton": f"a transform of {sides[0]} x {sides[1]}: at most 128 x 128"}
+    return {}

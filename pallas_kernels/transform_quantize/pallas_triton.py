@@ -1,0 +1,234 @@
+"""One launch from a residual stream (or gate and up) to the next matmul's integers, any NVIDIA GPU.
+
+A program owns whole rows: it reads each value once, keeps the row in registers through norm,
+transform and the search for the largest value, and writes one byte per value. With a transform the
+row is an ``a x b`` matrix (padded to powers of two) and ``L^T X R`` runs on tensor cores: float32
+operands are split into two bfloat16 parts and the products of the parts, all but that of the two
+small ones, are summed in float32. That keeps 16 bits of every operand, so a code differs from the
+reference's by at most 1, next to a rounding boundary.
+
+Pallas' Triton back end is deprecated in jax 0.11; see ``int4_matmul.pallas_triton``. The way out
+here is ``impl="xla"``.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels.transform_quantize.reference import TINY, Quantized, Sites
+
+ROUND, ROUND_BITS = 12582912.0, 0x4B400000
+"""1.5 x 2^23 and its bits: added to a small number, it leaves the nearest integer (ties to even) in
+the low bits of the sum."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Plan:
+    """Rows of one program, and its warps."""
+
+    rows: int
+    warps: int
+
+    @classmethod
+    def of(cls, rows: int, inputs: int, transformed: bool) -> Plan:
+        """Few rows: all warps on each of them. Many: the factors are read once for several rows."""
+        if not transformed:
+            return cls(rows=1, warps=4 if inputs <= 4096 and rows > 64 else 8)
+        warps = 4 if inputs <= 4096 else 8
+        return cls(rows=1 if rows <= 264 else 4, warps=warps)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Work:
+    """What one call does. ``factors``: ``(a, b)``, or ``(1, K)`` without a transform."""
+
+    total: int
+    factors: tuple[int, int]
+    bits: int
+    eps: float
+    gated: bool
+    added: bool
+    norm: bool
+    transform: bool
+    right: bool
+    clip: bool
+    rows: int
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Powers of two that hold a row; tensor cores want 16 at least."""
+        least = 16 if self.transform else 1
+        a, b = (max(least, 1 << (size - 1).bit_length()) for size in self.factors)
+        return a, b
+
+
+def transform_quantize_triton(
+    x: Float[Array, "M width"],
+    added: Float[Array, "M K"] | None,
+    sites: Sites,
+    layer: Int[Array, ""],
+    *,
+    bits: int,
+    eps: float,
+    gated: bool,
+    plan: Plan | None = None,
+    interpret: bool = False,
+) -> Quantized:
+    """See ``pallas_kernels.transform_quantize.transform_quantize``; ``sites`` are whole stacks."""
+    total, width = x.shape
+    inputs = width // 2 if gated else width
+    a = 1 if sites.left is None else sites.left.shape[-1]
+    transform = sites.left is not None
+    plan = plan or Plan.of(total, inputs, transform)
+    work = Work(
+        total=total,
+        factors=(a, inputs // a),
+        bits=bits,
+        eps=eps,
+        gated=gated,
+        added=added is not None,
+        norm=sites.norm is not None,
+        transform=transform,
+        right=sites.right is not None,
+        clip=sites.clip is not None,
+        rows=plan.rows,
+    )
+    outputs = [
+        jax.ShapeDtypeStruct((total, inputs), jnp.int8),
+        jax.ShapeDtypeStruct((total,), jnp.float32),
+    ]
+    if added is not None:
+        outputs.append(jax.ShapeDtypeStruct((total, inputs), x.dtype))
+    arrays = [x, *(a for a in (added, *sites) if a is not None), layer.reshape(1)]
+    call = pl.pallas_call(
+        functools.partial(_kernel, work=work),
+        grid=(pl.cdiv(total, plan.rows),),
+        in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(arrays),
+        out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * len(outputs),
+        out_shape=outputs,
+        compiler_params=plt.CompilerParams(num_warps=plan.warps, num_stages=1),
+        interpret=interpret,
+    )
+    codes, scale, *states = call(*arrays)
+    return Quantized(codes, scale, states[0] if states else None)
+
+
+def _halves(x: Array) -> tuple[Array, ...]:
+    """bfloat16 parts whose sum is ``x`` to 16 bits; one where ``x`` is bfloat16."""
+    if x.dtype == jnp.bfloat16:
+        return (x,)
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def _product(left: tuple[Array, ...], right: tuple[Array, ...], *, across: bool) -> Array:
+    """``left right`` (``left^T right`` with ``across``) of split operands, float32."""
+    total: Any = None
+    contracted = 0 if across else 1
+    for i, one in enumerate(left):
+        for j, other in enumerate(right):
+            if i + j < 2:
+                part = lax.dot_general(
+                    one,
+                    other,
+                    (((contracted,), (0,)), ((), ())),
+                    preferred_element_type=jnp.float32,
+                )
+                total = part if total is None else total + part
+    return total
+
+
+def _everything(reduce: Any, x: Array) -> Array:
+    for _ in range(x.ndim):
+        x = reduce(x, axis=-1)
+    return x
+
+
+def _kernel(*refs: Any, work: Work) -> None:
+    given = iter(refs)
+    x_ref = next(given)
+    added_ref: Any = next(given) if work.added else None
+    norm_ref = next(given) if work.norm else None
+    left_ref = next(given) if work.transform else None
+    right_ref = next(given) if work.right else None
+    clip_ref: Any = next(given) if work.clip else None
+    layer_ref, codes_ref, scale_ref = (next(given) for _ in range(3))
+    states_ref: Any = next(given) if work.added else None
+
+    (a, b), tile = work.factors, work.tile
+    inputs, layer, dtype = a * b, layer_ref[0], x_ref.dtype
+    if work.transform:
+        i, j = jnp.arange(tile[0])[:, None], jnp.arange(tile[1])[None]
+        place = i * b + j
+        inside = None if tile == (a, b) else (i < a) & (j < b)
+    else:
+        place = jnp.arange(tile[1])
+        inside = None if tile[1] == b else place < b
+
+    def load(ref, *index, mask):
+        return plt.load(ref.at[index], mask=mask, other=None if mask is None else 0)
+
+    def factor(ref, size, padded):
+        """The two parts of a square factor."""
+        k = jnp.arange(padded)
+        mask = None if size == padded else (k[:, None] < size) & (k[None] < size)
+        return _halves(load(ref, layer, k[:, None], k[None], mask=mask).astype(jnp.float32))
+
+    left = factor(left_ref, a, tile[0]) if work.transform else ()
+    right = factor(right_ref, b, tile[1]) if work.right else ()
+    weight: Any = None
+    if work.norm:
+        weight = load(norm_ref, layer, place, mask=inside).astype(jnp.float32)
+    limit = 2 ** (work.bits - 1) - 1
+
+    def row_of(row, mask):
+        x = load(x_ref, row, place, mask=mask).astype(jnp.float32)
+        if work.added:
+            x = (x + load(added_ref, row, place, mask=mask).astype(jnp.float32)).astype(dtype)
+            plt.store(states_ref.at[row, place], x, mask=mask)
+            x = x.astype(jnp.float32)
+        if work.gated:
+            sigmoid = (1.0 / (1.0 + jnp.exp(-x))).astype(dtype).astype(jnp.float32)
+            gate = (x * sigmoid).astype(dtype).astype(jnp.float32)
+            up = load(x_ref, row, inputs + place, mask=mask).astype(jnp.float32)
+            x = (gate * up).astype(dtype).astype(jnp.float32)
+        if work.norm:
+            power = _everything(jnp.sum, x * x) / inputs
+            x = (x * lax.rsqrt(power + work.eps) * weight).astype(dtype).astype(jnp.float32)
+        if work.right:
+            x = _product(_halves(x.astype(dtype)), right, across=False)
+        if work.transform:
+            x = _product(left, _halves(x if work.right else x.astype(dtype)), across=True)
+        if work.clip:
+            largest = jnp.maximum(
+                _everything(jnp.max, x) * clip_ref[layer, 0],
+                -_everything(jnp.min, x) * clip_ref[layer, 1],
+            )
+        else:
+            largest = _everything(jnp.max, jnp.abs(x))
+        scale = jnp.maximum(largest, TINY) / limit
+        x = jnp.clip(x / scale, -limit - 1, limit)
+        codes = lax.bitcast_convert_type(x + ROUND, jnp.int32) - ROUND_BITS
+        plt.store(codes_ref.at[row, place], codes.astype(jnp.int8), mask=mask)
+        scale_ref[row] = scale
+
+    first = pl.program_id(0) * work.rows
+    if work.rows == 1:
+        row_of(first, inside)
+        return
+
+    def step(index, _):
+        # Beyond the end the last row is made once more: the same values to the same places.
+        row_of(jnp.minimum(first + index, work.total - 1), inside)
+        return 0
+
+    lax.fori_loop(0, work.rows, step, 0)

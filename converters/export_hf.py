@@ -89,7 +89,7 @@ def new_folder(out: str | Path) -> Iterator[tuple[Path, Callable[[], None]]]:
 
 def refuse_quantized(checkpoint: Checkpoint) -> None:
     """Only unquantized weights have a plain Hugging Face form."""
-    if checkpoint.quantization.weight_bits < 16:
+    if checkpoint.quantization.has_integers:
         raise QuotaError(
             f"{checkpoint.path} is quantized ({checkpoint.quantization.label}): the plain Hugging "
             "Face format holds unquantized weights only; give --format compressed-tensors or native"

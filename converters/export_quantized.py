@@ -22,6 +22,7 @@ from converters.rules import Assignment, Plan
 from pallas_kernels.packing import unpack_int4, unpack_uint4
 from quota_jax.checkpoint import Checkpoint, open_checkpoint
 from quota_jax.errors import QuotaError
+from quota_jax.models.params import CACHE
 from quota_jax.quantization import QuantizationConfig
 
 _SIGN = np.uint8(0x88)
@@ -30,6 +31,7 @@ _NAMES = {
     "projector": ("re:.*multi_modal_projector.*", "re:.*visual[.]merger.*"),
     "decoder": ("re:.*language_model.*", "re:^model[.]layers.*"),
 }
+ATTENTION = "decoder.layers.attn"
 _TRANSFORMS = {"left": "flatquant_left", "right": "flatquant_right", "clip": "flatquant_clip"}
 
 Tensors = dict[str, np.ndarray]
@@ -47,9 +49,9 @@ def export_compressed_tensors(
 ) -> Path:
     """Writes a W4A16 checkpoint in compressed-tensors' "pack-quantized" format.
 
-    The decoder's matrices are packed; those of vision tower and projector, if quantized, are
-    written dequantized, since few programs run them in 4 bits. Scales keep their dtype. See
-    ``export_hf`` for the arguments.
+    The decoder's matrices are packed; those of vision tower and projector, token embeddings and
+    head, if quantized, are written dequantized, since few programs run them in integers. Scales
+    keep their dtype. See ``export_hf`` for the arguments.
 
     Raises:
         QuotaError: the format cannot hold the checkpoint: other bits, a quantized KV cache,
@@ -61,7 +63,7 @@ def export_compressed_tensors(
     plan = export_plan(checkpoint, layout)
 
     def convert(params: Mapping[str, np.ndarray], assignment: Assignment) -> Tensors:
-        if assignment.param.startswith("decoder."):
+        if assignment.param.startswith("decoder.layers."):
             return packed_tensors(params, assignment, quantization)
         weight = dequantized_weight(params, assignment, quantization)
         return dict(assignment.split(weight.astype(checkpoint.dtype)))
@@ -86,12 +88,16 @@ def export_native(
 ) -> Path:
     """Writes any quantized checkpoint as safetensors with everything that inference needs.
 
-    4-bit matrices as compressed-tensors packs them, 8-bit ones as int8 ``weight``; scales [N, 1] or
-    [N, G]. FlatQuant adds, for each matrix, ``flatquant_left`` and ``flatquant_right`` (the input
-    is multiplied by left kron right; matrices with a common input repeat them) and
-    ``flatquant_clip`` (factors of a token's largest and smallest value); AWQ ``input_scale``.
-    ``quant_method`` is "flatquant", or "quota_jax" without transforms: other programs refuse what
-    they would run wrongly. See ``export_hf`` for the arguments.
+    4-bit matrices as compressed-tensors packs them, 8-bit ones (token embeddings and head among
+    them) as int8 ``weight``; scales [N, 1] or [N, G]. FlatQuant adds, for each matrix,
+    ``flatquant_left`` and ``flatquant_right`` (the input is multiplied by left kron right; matrices
+    with a common input repeat them) and ``flatquant_clip`` (factors of a token's largest and
+    smallest value); AWQ ``input_scale``. An output projection without ``flatquant_right`` mixes
+    whole heads. An attention block may have ``cache_key_transform`` (rotated keys are multiplied by
+    it), ``cache_query_transform``, ``cache_clip`` (of keys and of values: factors of the largest
+    and the smallest value) and ``cache_key_range`` (largest and smallest key of each channel before
+    rotation). ``quant_method`` is "flatquant", or "quota_jax" without transforms: other programs
+    refuse what they would run wrongly. See ``export_hf`` for the arguments.
 
     Raises:
         QuotaError: the checkpoint is not quantized.
@@ -99,11 +105,16 @@ def export_native(
     checkpoint = open_checkpoint(checkpoint_path)
     quantization = checkpoint.quantization
     if quantization.weight_bits == 16:
+        if quantization.has_integers:
+            raise QuotaError(
+                f"{checkpoint.path} is {quantization.label}: no export holds 8-bit embeddings or "
+                "heads beside unquantized matrices"
+            )
         raise QuotaError(f"{checkpoint.path} has no quantized weights: give --format hf")
     left_out = tuple(module for module in _NAMES if module not in quantization.modules)
     config = {
         "quant_method": "flatquant" if quantization.has_transforms else "quota_jax",
-        "format": "pack-quantized" if quantization.weight_bits == 4 else "int-quantized",
+        "format": "pack-quantized" if quantization.packs else "int-quantized",
         "quantization_status": "compressed",
         **_scheme(quantization, left_out),
         "quota_jax": quantization.to_json(),
@@ -118,7 +129,7 @@ def export_native(
 
 def _check_format(checkpoint: Checkpoint) -> None:
     quantization, where = checkpoint.quantization, checkpoint.path
-    if (quantization.weight_bits, quantization.activation_bits) != (4, 16):
+    if not quantization.packs or quantization.activation_bits != 16:
         raise QuotaError(
             f"{where} is {quantization.label}: --format compressed-tensors writes W4A16 only; "
             "give --format native"
@@ -151,7 +162,8 @@ def _check_format(checkpoint: Checkpoint) -> None:
 def _scheme(quantization: QuantizationConfig, left_out: tuple[str, ...]) -> dict[str, Any]:
     """``config_groups`` and ``ignore``."""
     weights = {
-        "num_bits": quantization.weight_bits,
+        # Those of the container: codes of 2 and 3 bits are stored as 4-bit ones.
+        "num_bits": 4 if quantization.packs else quantization.weight_bits,
         "type": "int",
         "symmetric": quantization.symmetric,
         "strategy": "group" if quantization.group else "channel",
@@ -223,9 +235,13 @@ def packed_tensors(
 def dequantized_weight(
     params: Mapping[str, np.ndarray], assignment: Assignment, quantization: QuantizationConfig
 ) -> np.ndarray:
-    """The float32 matrix of one 4-bit parameter, for its input before any ``input_scale``."""
+    """The float32 matrix of one 4-bit parameter, for its input before any ``input_scale``, or of
+    8-bit token embeddings or head."""
     grid = quantization.grid
     stem = assignment.param.removesuffix("weight")
+    if assignment.param.removesuffix(".weight") in quantization.table_bits:
+        scale = params[stem + "scale"].astype(np.float32)
+        return params[stem + "codes"].astype(np.float32) * scale[:, None]
     codes = (unpack_int4 if grid.symmetric else unpack_uint4)(jnp.asarray(params[stem + "packed"]))
     scale = jnp.asarray(params[stem + "scale"])
     zeros, index, inputs = (
@@ -243,6 +259,16 @@ def dequantized_weight(
     return np.asarray(weight if inputs is None else weight * inputs)
 
 
+def _cache_tensors(params: Mapping[str, np.ndarray], assignment: Assignment) -> Tensors:
+    """What a decoder layer holds of its cache, beside its attention's matrices."""
+    attention = assignment.pieces[0].name.removesuffix(".weight").rpartition(".")[0]
+    return {
+        f"{attention}.cache_{name.removeprefix(f'{CACHE}.')}": value
+        for name, value in params.items()
+        if name.startswith(f"{CACHE}.")
+    }
+
+
 def _tensors(
     params: Mapping[str, np.ndarray],
     assignments: Sequence[Assignment],
@@ -255,10 +281,14 @@ def _tensors(
             found = dict(assignment.split(params[assignment.param]))
         else:
             found = convert(params, assignment)
+        if assignment.param == f"{ATTENTION}.qkv.weight":
+            found |= _cache_tensors(params, assignment)
         for name, value in found.items():
             yield name, value
-            if plan.tied_copy and name == plan.tied_copy[1]:
-                yield plan.tied_copy[0], value
+            if plan.tied_copy is not None:
+                head, embedding = (tied.removesuffix("weight") for tied in plan.tied_copy)
+                if name.startswith(embedding):
+                    yield head + name.removeprefix(embedding), value
 
 
 def _export(

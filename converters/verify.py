@@ -77,7 +77,7 @@ def verify(
         QuotaError: `checkpoint` cannot be opened, or `against` is no readable checkpoint.
     """
     opened = open_checkpoint(checkpoint)
-    quantized = opened.quantization.weight_bits < 16
+    quantized = opened.quantization.has_integers
     passes = 1 if against is None or quantized else 2
     step = _steps(progress, passes * len(opened.block_names))
     checks = [

@@ -114,7 +114,13 @@ def _prefill(model: VisionLanguageModel, batch: Batch, *, recipe: Recipe, room: 
     last = jnp.maximum(final.lengths - 1, 0)[:, None, None]
     logits = model.decoder.logits(jnp.take_along_axis(x, last, axis=1)[:, 0])
     cache = Cache(
-        groups=cache_groups(caches, room=room, bits=model.decoder.kv_bits, next_position=position),
+        groups=cache_groups(
+            caches,
+            room=room,
+            bits=model.decoder.kv_bits,
+            next_position=position,
+            keep_positions=model.decoder.layers.cache.by_channel,
+        ),
         position=position,
         kept_source=final.source,
         kept_length=final.lengths,
@@ -175,6 +181,7 @@ def insert(state: DecodeState, prefilled: DecodeState, slot: Int[Array, ""]) -> 
             value=jax.tree.map(place(1), group.value, new.value),
             lengths=place(0)(group.lengths, new.lengths),
             shift=place(0)(group.shift, new.shift),
+            positions=jax.tree.map(place(0), group.positions, new.positions),
         )
         for group, new in zip(state.groups, prefilled.groups, strict=True)
     )

@@ -122,7 +122,8 @@ def test_native_holds_transforms_clipping_and_codes(tmp_path) -> None:
     section = json.loads((tmp_path / "native" / "config.json").read_text())["quantization_config"]
     assert section["quant_method"] == "flatquant"
     assert section["quota_jax"] == config.to_json() | {"modules": list(config.modules)} | {
-        "input_scales": []
+        "input_scales": [],
+        "layer_bits": [],
     }
     assert section["config_groups"]["group_0"]["input_activations"]["num_bits"] == 4
     block = content["decoder_layer_001"]

@@ -27,11 +27,11 @@ from quota_jax.quant.calibration_data import (
     digest,
     make_batches,
     read_samples,
-    write_drawn_samples,
 )
 from quota_jax.quant.smoothquant import SmoothQuantOptions
 from quota_jax.quant.streaming import Stream
 from quota_jax.quantization import QuantizationConfig
+from quota_jax.testbed.samples import write_samples
 from tests.tiny_models import draw_picture, write_tiny_llava
 from tests.tiny_qwen import write_tiny_qwen
 
@@ -342,11 +342,11 @@ def test_samples_share_one_shape_and_padding_counts_for_nothing(plain):
 
 
 def test_a_drawn_list_reads_back(tmp_path):
-    path = write_drawn_samples(tmp_path / "drawn", 3, seed=5)
+    path = write_samples(tmp_path / "drawn.json", 3, seed=5)
     found = read_samples(path)
     assert len(found) == 3
-    assert all(Path(sample.image).is_file() and "?" in sample.text for sample in found)
-    again = read_samples(write_drawn_samples(tmp_path / "again", 3, seed=5))
+    assert all(Path(sample.image).is_file() and len(sample.turns) == 8 for sample in found)
+    again = read_samples(write_samples(tmp_path / "again.json", 3, seed=5))
     assert digest(found) == digest(again)
     assert digest(found[:2]) != digest(found)
     with pytest.raises(QuotaError, match="holds 3 samples, 4 were asked for"):

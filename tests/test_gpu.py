@@ -37,7 +37,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module", params=["llava", "qwen"])
 def tiny(request, tmp_path_factory: pytest.TempPathFactory):
-    """A tiny random model in float32, a batch of unequal prompts, and a recipe."""
+    """A tiny random model in float32, a batch of unequal prompts, a recipe, the checkpoint."""
     root = tmp_path_factory.mktemp(request.param)
     if request.param == "llava":
         folder = write_tiny_llava(root / "hf", num_layers=4, image_size=56)
@@ -51,7 +51,7 @@ def tiny(request, tmp_path_factory: pytest.TempPathFactory):
         images=[[draw_picture(0)], [draw_picture(1), draw_picture(2)], []],
         prompts=[f"{image} is there a red circle", f"{image} car {image}", "what is the color"],
     )
-    return vlm, batch, Recipe.uniform(num_layers=4, layers=[1, 2], keep=0.3)
+    return vlm, batch, Recipe.uniform(num_layers=4, layers=[1, 2], keep=0.3), root / "full"
 
 
 def on(device: str, tree):
@@ -60,7 +60,7 @@ def on(device: str, tree):
 
 @pytest.mark.parametrize("pruned", [False, True])
 def test_logits_and_tokens_equal_the_cpu(tiny, pruned):
-    vlm, batch, recipe = tiny
+    vlm, batch, recipe, _ = tiny
     recipe = recipe if pruned else None
     found = {}
     for device in ("cpu", "gpu"):
@@ -76,12 +76,73 @@ def test_logits_and_tokens_equal_the_cpu(tiny, pruned):
         np.testing.assert_array_equal(one, other)
 
 
-def test_the_small_model_sees_in_full_precision_and_in_4_bits(small):
-    items = make_items(64, 7, ("presence", "color", "position"))
-    for name, least in (("full", 95.0), ("W4A8KV4", 80.0), ("W4A4KV4", 60.0)):
-        found = score(answer_items(qj.load(small[name]), items, batch_size=32))
-        right = sum(part.correct for part in found.values())
-        assert 100 * right / len(items) >= least, (name, found)
+def test_the_small_model_sees_in_full_precision_and_with_4_bit_weights(small):
+    items = make_items(12, 7)
+    for name, least in (("full", 90.0), ("W4A8KV4", 85.0)):
+        found = score(answer_items(qj.load(small[name]), items, batch_size=12))
+        assert found.percent >= least, (name, found)
+
+
+@pytest.mark.parametrize("shape", [(64, 768, 256), (5000, 768, 256), (640, 256, 384), (3, 96, 32)])
+def test_int8_products_are_exact(shape):
+    """XLA's int8 matmul, which 8-bit weights and every calibration rely on."""
+    from pallas_kernels.int4_matmul import integer_matmul
+
+    rows, outputs, inputs = shape
+    draw = np.random.default_rng(0)
+    x = draw.integers(-127, 128, (rows, inputs)).astype(np.int8)
+    stack = draw.integers(-127, 128, (3, outputs, inputs)).astype(np.int8)
+    scale = np.ones(max(rows, outputs), np.float32)
+
+    @jax.jit
+    def product(x, stack, layer):
+        codes = jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
+        return integer_matmul(x, jnp.asarray(scale[:rows]), codes, jnp.asarray(scale[:outputs]))
+
+    exact = x.astype(np.int64) @ stack[1].astype(np.int64).T
+    np.testing.assert_array_equal(product(x, stack, 1), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("label", ["W8A8", "W8A8KV8", "W4A8KV8", "W4A16"])
+def test_every_bit_width_gives_the_logits_of_the_cpu(tiny, tmp_path, label):
+    _, batch, recipe, source = tiny
+    path = calibrate(source, tmp_path / label, QuantizationConfig.parse(label))
+    logits = {}
+    for device in ("cpu", "gpu"):
+        model, moved = on(device, (qj.load(path, dtype="float32").model, batch))
+        with jax.default_device(jax.devices(device)[0]):
+            logits[device] = np.asarray(qj.prefill(model, moved, recipe=recipe)[0]).ravel()
+    # Activations near a rounding boundary may fall to either side.
+    assert np.corrcoef(logits["cpu"], logits["gpu"])[0, 1] > 0.995
+
+
+def test_flatquant_learns_on_the_gpu_what_it_learns_on_the_cpu(tiny, tmp_path):
+    """Losses of the blocks before and after training, and the calibrated model's logits."""
+    from quota_jax.quant.calibrate_flatquant import FlatQuantOptions
+    from quota_jax.quant.calibration_data import Sample
+
+    vlm, batch, _, source = tiny
+    samples = [Sample(text="what is a car ?", image=draw_picture(i)) for i in range(2)]
+    losses, logits = {}, {}
+    for device in ("cpu", "gpu"):
+        found = []
+        with jax.default_device(jax.devices(device)[0]):
+            path = calibrate(
+                source,
+                tmp_path / device,
+                QuantizationConfig.parse("W4A4KV4", method="flatquant"),
+                samples=samples,
+                options=FlatQuantOptions(steps=20, batch_size=2),
+                report=found.append,
+            )
+            model, moved = on(device, (qj.load(path, dtype="float32").model, batch))
+            logits[device] = np.asarray(qj.prefill(model, moved)[0]).ravel()
+        losses[device] = np.array([(each.first_loss, each.last_loss) for each in found])
+    np.testing.assert_allclose(losses["gpu"][:, 0], losses["cpu"][:, 0], rtol=0.05)
+    np.testing.assert_allclose(losses["gpu"][:, 1], losses["cpu"][:, 1], rtol=0.5)
+    exact = np.asarray(qj.prefill(vlm.model, batch)[0]).ravel()
+    errors = {name: np.abs(each - exact).mean() for name, each in logits.items()}
+    assert errors["gpu"] < 1.5 * errors["cpu"]
 
 
 def test_a_4_bit_checkpoint_takes_its_bytes_on_the_device(small):
@@ -92,13 +153,13 @@ def test_a_4_bit_checkpoint_takes_its_bytes_on_the_device(small):
         jax.block_until_ready(jax.tree.leaves(model))
         taken = device.memory_stats()["bytes_in_use"] - before
         logical = open_checkpoint(small[name]).sizes()["logical"]
-        # The allocator rounds arrays up; half a per cent on 22.8 MB was seen on an H100.
+        # The allocator rounds arrays up; half a per cent was seen on an H100.
         assert logical <= taken <= 1.01 * logical + 512 * len(jax.tree.leaves(model))
         del model
 
 
 def test_batch_neighbours_change_nothing_in_one_program(tiny):
-    vlm, batch, recipe = tiny
+    vlm, batch, recipe, _ = tiny
     order = np.array([2, 0, 1])
     swapped = {
         name: getattr(batch, name)[order]

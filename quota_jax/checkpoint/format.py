@@ -29,6 +29,7 @@ import ml_dtypes
 import numpy as np
 
 from quota_jax.errors import QuotaError
+from quota_jax.quantization import QuantizationConfig
 
 FORMAT_VERSION = 1
 PARTIAL_SUFFIX = ".partial"
@@ -40,6 +41,7 @@ ASSETS = "assets"
 STATE = "state"
 JOURNAL = ".journal"
 
+_TABLES = tuple(QuantizationConfig.none.table_bits)
 # Parameters of a quantized matrix beside its codes.
 _OF_CODES = ("scale", "zeros", "group_index", "input_scale", "left", "right", "clip")
 
@@ -128,13 +130,18 @@ def castable(params: Mapping[str, jax.ShapeDtypeStruct]) -> set[str]:
     """Names of the float parameters of free dtype: all but those of quantized matrices.
 
     Their scales and zeros, and the factors and clipping of their inputs, keep the dtype that the
-    codes were made for.
+    codes were made for; so does what belongs to the cache. Scales of token embeddings and head are
+    free: they stand for the rows, whose dtype is that of the residual stream.
     """
     fixed = set()
     for name in params:
         stem, _, kind = name.rpartition(".")
-        if kind in ("packed", "codes"):
+        if kind == "codes" and stem in _TABLES:
+            fixed.add(name)
+        elif kind in ("packed", "codes"):
             fixed |= {name, *(f"{stem}.{part}" for part in _OF_CODES)}
+        if stem.endswith(".layers.cache"):
+            fixed.add(name)
     return set(params) - fixed
 
 

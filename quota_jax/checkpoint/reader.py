@@ -32,12 +32,15 @@ _ALWAYS_VERIFIED = 8 << 20
 class Sizes(TypedDict):
     """Bytes: ``logical`` as arrays, ``files`` as file lengths, ``disk`` as allocated (``du``).
 
+    ``effective`` are the logical bytes if each code took its own bits: weights of 2 and 3 bits are
+    stored as 4-bit ones, so that only with them it is less than what anything occupies.
     ``blocks`` and ``dtypes`` split the logical bytes; ``files`` and ``disk`` are the folder's.
     """
 
     blocks: dict[str, int]
     dtypes: dict[str, int]
     logical: int
+    effective: int
     files: int
     disk: int
 
@@ -115,9 +118,13 @@ class Checkpoint:
     def sizes(self) -> Sizes:
         """Logical bytes per block and per dtype, file bytes and allocated bytes (``du``)."""
         dtypes: Counter[str] = Counter()
-        for entry in self._blocks.values():
-            for spec in entry.params.values():
+        saved = 0
+        for block, entry in self._blocks.items():
+            bits = self.quantization.at(block).weight_bits
+            for name, spec in entry.params.items():
                 dtypes[spec.dtype.name] += spec.size * spec.dtype.itemsize
+                if name.endswith(".packed"):
+                    saved += spec.size * (8 - 2 * bits) // 8
         files = [os.lstat(path) for path in fmt.walk_files(self.path)]
         folders = [os.lstat(root) for root, _, _ in os.walk(self.path)]
         per_block = {name: entry.logical_bytes for name, entry in self._blocks.items()}
@@ -125,6 +132,7 @@ class Checkpoint:
             blocks=per_block,
             dtypes=dict(sorted(dtypes.items())),
             logical=sum(per_block.values()),
+            effective=sum(per_block.values()) - saved,
             files=sum(stat.st_size for stat in files),
             # st_blocks counts units of 512 bytes whatever the file system's block size.
             disk=512 * sum(stat.st_blocks for stat in files + folders),

@@ -21,12 +21,18 @@ OWN_OPTIONS: dict[str, tuple[str, ...]] = {
     "steps": ("flatquant",),
     "seed": ("flatquant",),
     "start": ("flatquant",),
-    "feed": ("flatquant", "gptq"),
+    "feed": ("flatquant", "gptq", "luq"),
     "modality_weights": ("flatquant",),
+    "output_transform": ("flatquant",),
+    "transform_values": ("flatquant",),
+    "transform_keys": ("flatquant",),
+    "clip_cache": ("flatquant",),
     "alpha": ("smoothquant",),
-    "act_order": ("gptq",),
-    "damping": ("gptq",),
-    "block_size": ("gptq",),
+    "act_order": ("gptq", "luq"),
+    "damping": ("gptq", "luq"),
+    "block_size": ("gptq", "luq"),
+    "mean_bits": ("luq",),
+    "low_bits": ("luq",),
 }
 """Options that only some methods have."""
 
@@ -35,9 +41,10 @@ OWN_OPTIONS: dict[str, tuple[str, ...]] = {
 class Calibrate:
     """Quantize a full-precision checkpoint block by block.
 
-    Round-to-nearest needs no data. The other methods look at pictures and texts: a JSON list of
-    {"image": path, "text": prompt}, the image perhaps absent, paths relative to the file, as
-    `quota-jax samples` draws it. In place of "text" may stand "turns", those of user and assistant.
+    Round-to-nearest needs no data, unless keys are quantized by channel. The other methods look at
+    pictures and texts: a JSON list of {"image": path, "text": prompt}, the image perhaps absent,
+    paths relative to the file, as `quota-jax samples` draws it. In place of "text" may stand
+    "turns", those of user and assistant.
     A run that was killed leaves OUT.partial; the same command takes it up again.
 
     For example:
@@ -50,24 +57,37 @@ class Calibrate:
     """Full-precision checkpoint made by convert."""
     out: Path
     """Folder to write; must not exist."""
-    method: Literal["rtn", "smoothquant", "flatquant", "gptq", "flatquant+gptq", "awq"] = "rtn"
+    method: Literal["rtn", "smoothquant", "flatquant", "gptq", "flatquant+gptq", "awq", "luq"] = (
+        "rtn"
+    )
     """rtn: round to nearest; smoothquant: scaled channels; flatquant: learned transforms and
     clipping; gptq: rounding that repairs its errors, flatquant+gptq: after FlatQuant's transforms;
-    awq: scaled channels and clipping for 16-bit activations."""
+    awq: scaled channels and clipping for 16-bit activations; luq: gptq with fewer bits in decoder
+    layers whose outputs have little entropy."""
     bits: str | None = None
-    """Bits of weights, activations and KV cache (4, 8 or 16 each); default W4A4KV4, with awq
-    W4A16."""
+    """Bits of weights, activations and KV cache (4, 8 or 16 each; weights also 2 or 3, stored in
+    4); default W4A4KV4, with awq and luq W4A16."""
     group: int | None = None
     """Input channels that share a scale, with 16-bit activations; 0: all of a row. Default 128
-    with awq, else 0."""
+    with awq, and with luq and 16-bit activations, else 0."""
     asymmetric: bool = False
-    """Zero points beside the scales, with 4-bit weights and 16-bit activations."""
+    """Zero points beside the scales, with weights of at most 4 bits and 16-bit activations; luq
+    with 16-bit activations always has them."""
+    embedding_bits: Literal[8, 16] = 16
+    """Bits of the token embeddings; 8: one scale for each token. Where the head is the embeddings
+    both have the same."""
+    head_bits: Literal[8, 16] = 16
+    """Bits of the output head's weights; 8: one scale for each token. Its inputs stay 16 bit."""
     modules: tuple[Literal["vision", "projector", "decoder"], ...] = (
         "vision",
         "projector",
         "decoder",
     )
     """Modules whose matrices are quantized."""
+    key_quantization: Literal["token", "channel"] = "token"
+    """How a KV cache of 4 or 8 bits scales its keys: token: each for itself, after rotation;
+    channel: before rotation, by ranges measured on --data (KVQuant). Decoding by channel has no
+    kernel and runs in plain XLA."""
     data: Path | None = None
     """The list of pictures and texts."""
     samples: int | None = None
@@ -85,6 +105,20 @@ class Calibrate:
     before them; default full."""
     modality_weights: tuple[float, float] | None = None
     """flatquant: weights of the errors of visual and of text tokens in the decoder; default 1 1."""
+    output_transform: Literal["heads", "kronecker"] = "kronecker"
+    """flatquant: transform of what attention gives: across heads, or over all features."""
+    transform_values: bool = True
+    """flatquant: a transform of each head's values, folded into the weights."""
+    transform_keys: bool = False
+    """flatquant: a transform of each head's rotated keys and queries, with a KV cache of 4 or 8
+    bits and keys by token."""
+    clip_cache: bool = False
+    """flatquant: learned clipping of the ranges of keys and values, with a KV cache of 4 or 8
+    bits."""
+    mean_bits: float = 3.0
+    """luq: at most so many bits on average over the decoder's layers."""
+    low_bits: Literal[2, 3] = 2
+    """luq: bits of the layers with little entropy; the others have 4."""
     alpha: float = 0.5
     """smoothquant: how much of the outliers moves into the weights, 0 to 1."""
     act_order: bool = False
@@ -127,29 +161,41 @@ class Calibrate:
     def _quantization(self) -> QuantizationConfig:
         from quota_jax.quantization import QuantizationConfig
 
-        awq = self.method == "awq"
+        weight_only = self.method in ("awq", "luq")
         found = QuantizationConfig.parse(
-            self.bits or ("W4A16" if awq else "W4A4KV4"),
+            self.bits or ("W4A16" if weight_only else "W4A4KV4"),
             method=self.method,
             modules=self.modules,
             symmetric=not self.asymmetric,
         )
-        group = self.group
-        if group is None and awq and not found.group:
-            group = 128
-        return found if group is None else dataclasses.replace(found, group=group)
+        group = found.group if self.group is None else self.group
+        symmetric = found.symmetric
+        if weight_only and found.activation_bits == 16:
+            group = 128 if self.group is None and not found.group else group
+            symmetric = symmetric and self.method != "luq"
+        # E8 and H8 may also stand in --bits.
+        embedding = min(self.embedding_bits, found.embedding_bits)
+        head = min(self.head_bits, found.head_bits)
+        return dataclasses.replace(
+            found,
+            group=group,
+            symmetric=symmetric,
+            embedding_bits=embedding,
+            head_bits=head,
+            key_quantization=self.key_quantization,
+        )
 
     def _samples(self) -> list[Sample]:
         from quota_jax.quant.calibration_data import read_samples
 
-        if self.method == "rtn":
+        by_channel = self.key_quantization == "channel"
+        if self.method == "rtn" and not by_channel:
             if self.data is not None or self.samples is not None:
                 raise QuotaError("--data and --samples are of no use to --method rtn")
             return []
         if self.data is None:
-            raise QuotaError(
-                f"--method {self.method} needs --data, a JSON list of pictures and texts"
-            )
+            needs = "--key-quantization channel" if by_channel else f"--method {self.method}"
+            raise QuotaError(f"{needs} needs --data, a JSON list of pictures and texts")
         if self.samples is not None and self.samples < 1:
             raise QuotaError(f"--samples must be at least 1, got {self.samples}")
         found = read_samples(self.data, self.samples)
@@ -160,6 +206,7 @@ class Calibrate:
         from quota_jax.quant.calibrate import FlatQuantGptqOptions
         from quota_jax.quant.calibrate_flatquant import FlatQuantOptions
         from quota_jax.quant.gptq import GptqOptions
+        from quota_jax.quant.luq import LuqOptions
         from quota_jax.quant.smoothquant import SmoothQuantOptions
 
         for field in dataclasses.fields(self):
@@ -175,6 +222,10 @@ class Calibrate:
             start=self.start,
             feed=self.feed or "full",
             modality_weights=self.modality_weights or (1.0, 1.0),
+            output_transform=self.output_transform,
+            transform_values=self.transform_values,
+            transform_keys=self.transform_keys,
+            clip_cache=self.clip_cache,
         )
         rounding = GptqOptions(
             damping=self.damping,
@@ -189,6 +240,8 @@ class Calibrate:
             return rounding
         if self.method == "flatquant+gptq":
             return FlatQuantGptqOptions(flatquant=learning, gptq=rounding)
+        if self.method == "luq":
+            return LuqOptions(mean_bits=self.mean_bits, low_bits=self.low_bits, gptq=rounding)
         if self.method == "awq":
             return AwqOptions(batch_size=self.batch_size)
         if self.method == "smoothquant":

@@ -71,7 +71,7 @@ class Eval(RecipeOptions):
         from quota_jax.evaluate.summary import SUMMARY_JSON, SUMMARY_MARKDOWN
 
         out = self.out or Path("runs") / self.checkpoint.resolve().name
-        options = {} if self.workers is None else {"workers": self.workers}
+        workers = {} if self.workers is None else {"workers": self.workers}
         evaluation = Evaluation(
             checkpoint=self.checkpoint,
             tasks=tasks,
@@ -84,7 +84,7 @@ class Eval(RecipeOptions):
             prompts=self.prompts,
             limit=self.limit,
             batch_size=self.batch_size,
-            **options,
+            **workers,  # pyrefly: ignore[bad-argument-type]
         )
         with _bar() as step:
             summary, timings = evaluation.run(step)

@@ -16,6 +16,7 @@ from quota_jax.errors import QuotaError
 
 if TYPE_CHECKING:
     from quota_jax.checkpoint import Checkpoint
+    from quota_jax.quantization import QuantizationConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,9 +44,19 @@ class Inspect:
 
             device = jax.devices()[0]
             rows = choices()
+            if self.checkpoint is not None and keys_by_channel(self.checkpoint):
+                rows = [row for row in rows if row[0] != "kv4_attention"]
+                rows.append(("decode attention", "keys by channel, rotated when read", "xla"))
             print(f"kernels on {device.platform} ({device.device_kind}), jax {jax.__version__}")
             print(table(("operation", "shape", "implementation"), rows, left=3))
         return 0
+
+
+def keys_by_channel(path: Path) -> bool:
+    """Whether the checkpoint's cache keeps keys as no kernel reads them."""
+    from quota_jax.checkpoint import open_checkpoint
+
+    return open_checkpoint(path).quantization.key_quantization == "channel"
 
 
 def report(path: Path) -> str:
@@ -69,6 +80,15 @@ def report(path: Path) -> str:
             size_of = f"groups of {groups.size}" if groups.size else "output channels"
             bits += f"; {size_of}, {kind}, {groups.scale_dtype} scales"
             bits += ", in activation order" if quantization.act_order else ""
+        parts = {
+            "keys by channel": quantization.key_quantization == "channel",
+            "P_o": quantization.output_transform == "heads",
+            "P_k": quantization.key_transform,
+            "clipped keys and values": quantization.cache_clip,
+        }
+        if chosen := [name for name, there in parts.items() if there]:
+            bits += f"; {', '.join(chosen)}"
+        bits += low_bits(quantization)
     facts = [
         ("checkpoint", f"{path} (complete)"),
         ("source", checkpoint.provenance.get("source", "unknown")),
@@ -89,6 +109,9 @@ def report(path: Path) -> str:
         ),
         ("dtypes", ", ".join(f"{k} {size(v)}" for k, v in sizes["dtypes"].items())),
     ]
+    if sizes["effective"] < sizes["logical"]:
+        note = "if codes took their own bits; weights of 2 and 3 bits are stored in 4"
+        facts.append(("effective", f"{size(sizes['effective'])} {note}"))
     width = max(len(name) for name, _ in facts)
     lines = [f"{name:<{width}}  {value}" for name, value in facts]
     rows = [
@@ -97,6 +120,19 @@ def report(path: Path) -> str:
     lines += ["", table(("block", "parameters", "bytes"), rows)]
     lines += ["", describe_recipe(checkpoint.recipe, config)]
     return "\n".join(lines)
+
+
+def low_bits(quantization: QuantizationConfig) -> str:
+    """Which decoder layers have which bits, and their mean; empty where all have the same."""
+    found = quantization.layer_bits
+    if not found:
+        return ""
+    layers = {
+        bits: ", ".join(str(layer) for layer, own in enumerate(found) if own == bits)
+        for bits in sorted(set(found))
+    }
+    listed = "; ".join(f"{bits} bits in decoder layers {names}" for bits, names in layers.items())
+    return f"; {listed} (mean {sum(found) / len(found):.2f})"
 
 
 def parameters(checkpoint: Checkpoint, block: str) -> int:

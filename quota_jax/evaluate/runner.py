@@ -31,7 +31,7 @@ from quota_jax.evaluate.predictions import Journal, Prediction, parse_lines
 from quota_jax.evaluate.schedule import Group, Prompt, Request, encode, plan
 from quota_jax.evaluate.summary import Summary, summarize
 from quota_jax.evaluate.task import Instance, Scores, Task
-from quota_jax.processing import Processor
+from quota_jax.processing import Buckets, Processor
 from quota_jax.recipe import Recipe
 
 Progress = Callable[[int, int, str], None]
@@ -44,7 +44,10 @@ class Evaluation:
     recipe: None takes the checkpoint's. dtype: None takes the stored one. template: chat template
     by name, None takes the checkpoint's own. prompts: wording of the questions ("lmms-eval" or
     "llava"). limit: only the first questions of each task. batch_size: rows on one device. workers:
-    threads that read pictures.
+    threads that read pictures. max_new_tokens: a lower limit than the tasks' own; answers that end
+    before it do not change. text_buckets: text lengths that prompts are padded to (None: the
+    processor's); fewer of them are fewer programs to compile. questions: by task, as its `read` has
+    found them before; None reads them.
     """
 
     checkpoint: Path
@@ -59,6 +62,9 @@ class Evaluation:
     limit: int | None = None
     batch_size: int = 16
     workers: int = min(8, os.cpu_count() or 1)
+    max_new_tokens: int | None = None
+    text_buckets: tuple[int, ...] | None = None
+    questions: Mapping[str, Sequence[Instance]] | None = None
 
     def run(self, progress: Progress | None = None) -> tuple[Summary, Timings]:
         """Answers what is not answered yet, writes the run's folder and returns what is in it.
@@ -70,10 +76,13 @@ class Evaluation:
         """
         if self.batch_size < 1 or self.workers < 1:
             raise QuotaError("batch size and workers must be at least 1")
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
+            raise QuotaError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
         checkpoint = open_checkpoint(self.checkpoint)
         recipe = (self.recipe or checkpoint.recipe).canonical()
-        processor = Processor.from_folder(checkpoint.assets_dir, checkpoint.config)
-        questions = {task.name: self._read(task) for task in self.tasks}
+        buckets = Buckets() if self.text_buckets is None else Buckets(text=self.text_buckets)
+        processor = Processor.from_folder(checkpoint.assets_dir, checkpoint.config, buckets=buckets)
+        questions = self.questions or {task.name: self._read(task) for task in self.tasks}
         prints = {name: fingerprint(each, self.data) for name, each in questions.items()}
         baseline = None
         if self.baseline is not None:
@@ -120,7 +129,7 @@ class Evaluation:
             Request(
                 name=f"{task.name} {each.key}",
                 conversation=[user_turn(each)],
-                max_new_tokens=task.settings.max_new_tokens,
+                max_new_tokens=self._limit(task),
                 until=task.settings.until,
             )
             for task in self.tasks
@@ -128,6 +137,11 @@ class Evaluation:
         ]
         with ThreadPoolExecutor(self.workers) as pool:
             return encode(requests, processor, template=self.template, pool=pool)
+
+    def _limit(self, task: Task) -> int:
+        """New tokens that an answer may have."""
+        own = task.settings.max_new_tokens
+        return own if self.max_new_tokens is None else min(own, self.max_new_tokens)
 
     def _identity(
         self,
@@ -152,7 +166,7 @@ class Evaluation:
                 task.name: {
                     "instances": len(questions[task.name]),
                     "questions": prints[task.name],
-                    "max_new_tokens": task.settings.max_new_tokens,
+                    "max_new_tokens": self._limit(task),
                     "until": list(task.settings.until),
                 }
                 for task in self.tasks

@@ -45,7 +45,7 @@ class VisionTower(nnx.Module):
         cut = pixels.reshape(count, channels, side, patch, side, patch)
         cut = cut.transpose(0, 2, 4, 1, 3, 5).reshape(-1, channels * patch * patch)
         patches = matmul(cut, weight.reshape(weight.shape[0], -1))
-        patches = patches.astype(weight.dtype).reshape(count, side * side, -1)
+        patches = patches.astype(weight.dtype).reshape(count, side * side, weight.shape[0])
         first = jnp.broadcast_to(
             self.class_embed[...].astype(weight.dtype), (count, 1, patches.shape[-1])
         )

@@ -16,25 +16,24 @@ from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import sequence_attention
 from quota_jax.config import TextConfig
-from quota_jax.kv_cache import CacheGroup, decode, encode, grow, round_up, with_room
-from quota_jax.models.build import attention, linear, mlp, module_bits, norm, tree
-from quota_jax.nn.linear import matmul
-from quota_jax.nn.rope import rotary_angles, rotate, token_positions
+from quota_jax.kv_cache import CacheGroup, grow, round_up, with_room
+from quota_jax.models.build import attention, mlp, module_bits, norm, tree
+from quota_jax.nn.attention_cache import CacheQuantizer, Stored
+from quota_jax.nn.rope import rotary_angles, token_positions
+from quota_jax.nn.vocabulary import VocabularyTable
 from quota_jax.prune.scores import Signals, residual, score
 from quota_jax.prune.select import Sequence, budget, gather, select
-from quota_jax.quant.straight_through import pass_through
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe, Stage
 
-Stored = tuple[tuple[Array, ...], tuple[Array, ...]]
-
 
 class LayerCache(NamedTuple):
-    """Prefill keys and values of a run of layers ``[L, B, S, K, ...]`` and the tokens they belong
-    to."""
+    """Prefill keys and values of a run of layers ``[L, B, S, K, ...]``, the tokens they belong to,
+    and the rotary positions that these had in the layers."""
 
     stored: Stored
     sequence: Sequence
+    positions: Array
 
 
 class Projected(NamedTuple):
@@ -55,7 +54,7 @@ class Decoder(nnx.Module):
         layers, eps = params["layers"], config.rms_norm_eps
         self.config = config
         self.kv_bits = quantization.kv_bits
-        self.embed = linear(params["embed"], {})
+        self.embed = VocabularyTable(params["embed"], bits=quantization.embedding_bits)
         self.layers = tree(
             norm1=norm(layers["norm1"], eps),
             norm2=norm(layers["norm2"], eps),
@@ -63,17 +62,17 @@ class Decoder(nnx.Module):
                 layers["attn"], bits, config.num_heads, config.num_kv_heads, config.head_dim
             ),
             mlp=mlp(layers["mlp"], bits, config.hidden_act),
+            cache=CacheQuantizer(layers.get("cache", {}), quantization),
         )
         self.norm = norm(params["norm"], eps)
         if not config.tie_word_embeddings:
-            self.head = linear(params["head"], {})
+            self.head = VocabularyTable(params["head"], bits=quantization.head_bits)
 
     def logits(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows vocab"]:
         """Final norm and head; float32."""
         head = self.embed if self.config.tie_word_embeddings else self.head
         x = self.norm(x)
-        weight = head.weight[...].astype(x.dtype)
-        out = matmul(x.reshape(-1, x.shape[-1]), weight)
+        out = head.products(x.reshape(-1, x.shape[-1]))
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
     def prefill(
@@ -101,12 +100,12 @@ class Decoder(nnx.Module):
                 continue
             x = self._attend(x, sequence, layer, inner)
             stored = jax.tree.map(lambda array: array[None], inner.stored)
-            before = sequence
+            before, positions = sequence, sequence.positions
             x, sequence, order = self._prune(x, sequence, stage, recipe, signals)
             if stage.trim_own_cache:
                 stored = jax.tree.map(lambda array, o=order: gather(array[0], o)[None], stored)
-                before = sequence
-            caches.append(LayerCache(stored, before))
+                before, positions = sequence, gather(positions, order)
+            caches.append(LayerCache(stored, before, positions))
             x = self._feed_forward(x, layer)
             done = stage.layer + 1
         x, _ = self._segment(x, sequence, done, self.config.num_layers, caches)
@@ -121,7 +120,7 @@ class Decoder(nnx.Module):
             return self.layer(x, sequence, index)
 
         x, stored = jax.lax.scan(layer, x, jnp.arange(start, stop, dtype=jnp.int32))
-        caches.append(LayerCache(stored, sequence))
+        caches.append(LayerCache(stored, sequence, sequence.positions))
         return x, stop
 
     def layer(self, x: Float[Array, "B S D"], sequence: Sequence, index: Array):
@@ -132,16 +131,10 @@ class Decoder(nnx.Module):
 
     def project(self, x, sequence: Sequence, layer: Array) -> Projected:
         """Queries, keys and values of a layer; the latter two read back from what is stored."""
-        cos, sin = rotary_angles(self.config, sequence.positions)
+        angles = rotary_angles(self.config, sequence.positions)
         normed = self.layers.norm1(x, layer)
-        q, k, v = self.layers.attn.project(normed, layer)
-        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        stored = (encode(k, self.kv_bits, x.dtype), encode(v, self.kv_bits, x.dtype))
-        keys, values = (
-            pass_through(part, decode(code, self.kv_bits))
-            for part, code in zip((k, v), stored, strict=True)
-        )
-        return Projected(normed, q, keys, values, stored)
+        heads = self.layers.attn.project(normed, layer)
+        return Projected(normed, *self.layers.cache(heads, angles, layer, x.dtype))
 
     def _attend(self, x, sequence: Sequence, layer: Array, inner: Projected):
         """Adds the attention sublayer's output."""
@@ -176,6 +169,16 @@ class Decoder(nnx.Module):
             sm_scale=self._sm_scale,
         )
 
+    def chosen(
+        self, x: Float[Array, "B S D"], sequence: Sequence, layer: Array, stage: Stage, recipe
+    ) -> tuple[Sequence, Int[Array, "B R"]]:
+        """What a stage inside a layer keeps of the layer's input ``x``, as ``prefill`` chooses it:
+        the remaining tokens and the places to gather them from."""
+        inner = self.project(x, sequence, layer)
+        signals = self._signals(x, sequence, layer, inner, None)
+        _, sequence, order = self._prune(x, sequence, stage, recipe, signals)
+        return sequence, order
+
     def _prune(self, x, sequence: Sequence, stage: Stage, recipe: Recipe, signals: Signals):
         target = budget(sequence, recipe, stage.keep)
         limit = recipe.target(sequence.original_bucket, stage.keep)
@@ -191,25 +194,28 @@ class Decoder(nnx.Module):
         active: Array,
     ) -> tuple[Float[Array, "B vocab"], tuple[CacheGroup, ...]]:
         """One new token per sample; caches of inactive samples do not grow."""
-        vocabulary = self.config.vocab_size
-        x = self.embed.weight[...][jnp.clip(tokens, 0, vocabulary - 1)]
+        x = self.embed.rows(tokens)
         first, grown = 0, []
+        cache = self.layers.cache
         for group in groups:
-            cos, sin = rotary_angles(
-                self.config, token_positions(self.config, position - group.shift)
-            )
+            positions = token_positions(self.config, position - group.shift)
+            angles = rotary_angles(self.config, positions)
+            group, cached = group.place(positions), None
+            if group.positions is not None:
+                cached = rotary_angles(self.config, group.positions)
 
-            def layer(carry, index, first=first, cos=cos, sin=sin, group=group):
+            def layer(carry, index, first=first, angles=angles, cached=cached, group=group):
                 x, key, value = carry
                 here = dataclasses.replace(group, key=key, value=value)
-                q, k, v = self.layers.attn.project(
-                    self.layers.norm1(x, first + index), first + index
-                )
-                q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-                here = here.append(index, k, v)
-                heads = here.attend(index, q, group.lengths + 1, self.config.head_dim**-0.5)
-                x = x + self.layers.attn.output(heads.astype(x.dtype), first + index)
-                return (self._feed_forward(x, first + index), here.key, here.value), None
+                at = first + index
+                heads = self.layers.attn.project(self.layers.norm1(x, at), at)
+                new = cache(heads, angles, at, group.key[0].dtype)
+                here = here.append(index, *new.stored)
+                channels = cache.reading(at, cached)
+                lengths = group.lengths + 1
+                heads = here.attend(index, new.query, lengths, self._sm_scale, channels)
+                x = x + self.layers.attn.output(heads.astype(x.dtype), at)
+                return (self._feed_forward(x, at), here.key, here.value), None
 
             (x, key, value), _ = jax.lax.scan(
                 layer, (x, group.key, group.value), jnp.arange(group.num_layers, dtype=jnp.int32)
@@ -220,28 +226,42 @@ class Decoder(nnx.Module):
 
 
 def cache_groups(
-    caches: list[LayerCache], *, room: int, bits: int, next_position: Int[Array, " B"]
+    caches: list[LayerCache],
+    *,
+    room: int,
+    bits: int,
+    next_position: Int[Array, " B"],
+    keep_positions: bool = False,
 ) -> tuple[CacheGroup, ...]:
     """Cache groups with space for ``room`` new tokens; neighbouring runs on the same tokens are
-    joined."""
+    joined. ``keep_positions``: keys are rotated when they are read."""
     runs: list[LayerCache] = []
     for cache in caches:
-        if runs and runs[-1].sequence is cache.sequence:
-            joined = jax.tree.map(
-                lambda a, b: jnp.concatenate([a, b]), runs[-1].stored, cache.stored
-            )
-            runs[-1] = LayerCache(joined, cache.sequence)
+        last = runs[-1] if runs else None
+        # A trimmed layer's own keys keep the positions they were made with.
+        if (
+            last is not None
+            and last.sequence is cache.sequence
+            and (last.positions is cache.positions or not keep_positions)
+        ):
+            joined = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), last.stored, cache.stored)
+            runs[-1] = cache._replace(stored=joined)
         else:
             runs.append(cache)
     groups = []
-    for stored, sequence in runs:
+    for stored, sequence, positions in runs:
         capacity = round_up(sequence.source.shape[1] + room)
+        kept = None
+        if keep_positions:
+            free = capacity - positions.shape[1]
+            kept = jnp.pad(positions, [(0, 0), (0, free)] + [(0, 0)] * (positions.ndim - 2))
         groups.append(
             CacheGroup(
                 key=with_room(stored[0], capacity),
                 value=with_room(stored[1], capacity),
                 lengths=sequence.lengths,
                 shift=next_position - sequence.next_position,
+                positions=kept,
                 bits=bits,
             )
         )

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from quota_jax.config import ModelConfig
+from quota_jax.config import ModelConfig, TextConfig
+from quota_jax.errors import QuotaError
 from quota_jax.models.build import nest
 from quota_jax.models.llava import Llava
 from quota_jax.models.qwen2_5_vl import QwenVl
@@ -20,6 +21,8 @@ from quota_jax.quant.flatquant import factor_pair
 from quota_jax.quantization import QuantizationConfig
 
 LINEARS = ("qkv", "o", "up", "down", "gate_up", "linear_1", "linear_2")
+CACHE = "decoder.layers.cache"
+"""Under this name stand the parameters of decoder layers that belong to their caches."""
 JOINED = {"qkv": 3, "gate_up": 2}
 """Matrices of a Hugging Face model that one linear joins along its rows."""
 MODELS: dict[str, Any] = {"llava": Llava, "qwen2_5_vl": QwenVl}
@@ -31,13 +34,15 @@ def abstract_params(
     """Every parameter of the stacked model by dotted name; float ones in ``dtype``."""
     shapes = parameter_shapes(config)
     quantization = quantization or QuantizationConfig.none
+    check_quantization(config, quantization)
+    tables = quantization.table_bits
     params = {}
     for name, shape in shapes.items():
         parts = name.split(".")
         if parts[-1] == "weight" and parts[-2] in LINEARS and quantization.quantizes(parts[0]):
             stem = name.removesuffix("weight")
             *stack, rows, columns = shape
-            if quantization.weight_bits == 4:
+            if quantization.packs:
                 packed = (*stack, rows, columns // 2)
                 params[stem + "packed"] = jax.ShapeDtypeStruct(packed, jnp.uint8)
             else:
@@ -45,14 +50,53 @@ def abstract_params(
             params |= _scales(stem, tuple(stack), rows, columns, quantization, dtype)
             if quantization.has_transforms:
                 a, b = factor_pair(columns)
-                small = {"left": (a, a), "right": (b, b), "clip": (2,)}
+                small: dict[str, tuple[int, ...]] = {"left": (a, a), "right": (b, b), "clip": (2,)}
                 if quantization.activation_bits == 16:
                     del small["clip"]
+                if parts[-2] == "o" and quantization.output_transform == "heads":
+                    heads = (config.vision if parts[0] == "vision" else config.text).num_heads
+                    small["left"] = (heads, heads)
+                    del small["right"]
                 for part, size in small.items():
                     params[stem + part] = jax.ShapeDtypeStruct((*stack, *size), jnp.float32)
+        elif tables.get(name.removesuffix(".weight")) == 8:
+            stem = name.removesuffix("weight")
+            params[stem + "codes"] = jax.ShapeDtypeStruct(shape, jnp.int8)
+            params[stem + "scale"] = jax.ShapeDtypeStruct(shape[:1], jnp.dtype(dtype))
         else:
             params[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    for name, shape in _cache_shapes(config.text, quantization).items():
+        params[name] = jax.ShapeDtypeStruct(shape, jnp.dtype(jnp.float32))
     return params
+
+
+def _cache_shapes(text: TextConfig, quantization: QuantizationConfig) -> dict[str, tuple[int, ...]]:
+    """What decoder layers hold of their caches, see ``nn.attention_cache.CacheQuantizer``."""
+    stack, width = text.num_layers, text.head_dim
+    shapes: dict[str, tuple[int, ...]] = {}
+    if quantization.key_transform:
+        shapes["query_transform"] = shapes["key_transform"] = (stack, width, width)
+    if quantization.cache_clip:
+        shapes["clip"] = (stack, 2, 2)
+    if quantization.key_quantization == "channel":
+        shapes["key_range"] = (stack, 2, text.num_kv_heads, width)
+    return {f"{CACHE}.{part}": shape for part, shape in shapes.items()}
+
+
+def check_quantization(config: ModelConfig, quantization: QuantizationConfig) -> None:
+    """Refuses what this model cannot be quantized to."""
+    bits = (quantization.embedding_bits, quantization.head_bits)
+    if config.text.tie_word_embeddings and len(set(bits)) > 1:
+        raise QuotaError(
+            f"this model's head is its token embedding: it cannot have {bits[1]} bits and the "
+            f"embedding {bits[0]}"
+        )
+    layers = config.text.num_layers
+    if quantization.layer_bits and len(quantization.layer_bits) != layers:
+        raise QuotaError(
+            f"layer_bits are those of {len(quantization.layer_bits)} layers: the decoder has "
+            f"{layers}"
+        )
 
 
 def _scales(
@@ -123,7 +167,15 @@ def build_model(
     config: ModelConfig, quantization: QuantizationConfig | None, params: Mapping[str, Any]
 ) -> VisionLanguageModel:
     """The model over ``params`` (arrays or shapes). Float weights of a quantized module are
-    simulated."""
+    simulated.
+
+    Raises:
+      QuotaError: layers of different bits would have to be simulated.
+    """
+    if quantization is not None and quantization.layer_bits:
+        floats = [name for name in params if name.startswith("decoder.layers.")]
+        if any(name.endswith(".weight") for name in floats):
+            raise QuotaError("method 'luq' runs from stored integers only, not from float weights")
     kind = MODELS[config.model_type]
     return kind(nest(params), config, quantization or QuantizationConfig.none)
 

@@ -43,12 +43,11 @@ class VisionLanguageModel(nnx.Module):
     @property
     def dtype(self):
         """The dtype of the residual stream: that of the token embeddings."""
-        return self.decoder.embed.weight[...].dtype
+        return self.decoder.embed.dtype
 
     def embed(self, batch: Batch, features: Float[Array, "R D"]) -> Float[Array, "B S D"]:
         """Token embeddings with visual features in the places of the image tokens."""
-        vocabulary = self.config.text.vocab_size
-        x = self.decoder.embed.weight[...][jnp.clip(batch.tokens, 0, vocabulary - 1)]
+        x = self.decoder.embed.rows(batch.tokens)
         if features.shape[0] == 0:
             return x
         visual = features[jnp.maximum(batch.visual_index, 0)]

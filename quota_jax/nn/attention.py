@@ -35,4 +35,5 @@ class Attention(nnx.Module):
     def output(
         self, heads: Float[Array, "*rows N H"], layer: Array | int | None
     ) -> Float[Array, "*rows D"]:
-        return self.o(heads.reshape(*heads.shape[:-2], -1), layer)
+        rows, width = heads.shape[:-2], self.num_heads * self.head_dim
+        return self.o(heads.reshape(*rows, width), layer)

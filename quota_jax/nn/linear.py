@@ -18,7 +18,12 @@ from pallas_kernels.packing import unpack_int4, unpack_uint4
 from pallas_kernels.stable import rounded
 from quota_jax.quant.groups import Groups
 from quota_jax.quant.quantizers import quantize_activation
-from quota_jax.quant.straight_through import pass_through, simulated_product, simulated_weight
+from quota_jax.quant.straight_through import (
+    pass_through,
+    simulated_groups,
+    simulated_product,
+    simulated_weight,
+)
 
 Observer = Callable[["Linear", Array], None]
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
@@ -72,12 +77,22 @@ def kronecker(
     return x.swapaxes(1, 2).reshape(rows, -1)
 
 
+def across_heads(x: Float[Array, "M K"], left: Float[Array, "N N"]) -> Float[Array, "M K"]:
+    """``x (left kron I)`` in float32: mixes the heads of ``K / N`` features each. A row's bits
+    depend on nothing beside it."""
+    rows, heads = x.shape[0], left.shape[0]
+    x = x.astype(jnp.float32).reshape(rows, heads, -1).swapaxes(1, 2)
+    out = rounded(matmul(x.reshape(-1, heads), left.T)).reshape(x.shape)
+    return out.swapaxes(1, 2).reshape(rows, -1)
+
+
 class Linear(nnx.Module):
     """``y = x W^T + b`` with ``W`` as ``[out, in]``, or ``[L, out, in]`` and a layer index.
 
     Holds one of ``weight`` (float), ``packed`` + ``scale`` (4 bit), ``codes`` + ``scale`` (8 bit).
     With ``weight`` and ``weight_bits < 16`` it *simulates*: it quantizes the weight on the fly and
-    multiplies integer values, so that simulated and packed results are bit-identical.
+    multiplies integer values, so that simulated and packed results are bit-identical. A ``scale``
+    beside the ``weight`` is its quantizer's; without one the range of the weight gives it.
 
     With ``groups`` the scale is ``[N, G]``, ``zeros`` (unsigned, ``[N, G]``) may stand beside it,
     and ``group_index`` ``[parts, K]`` where an input channel's group is not its place; ``parts``
@@ -86,6 +101,7 @@ class Linear(nnx.Module):
 
     FlatQuant adds ``left`` and ``right``, the factors of the transform of the input (the weight is
     stored in the transformed basis), and ``clip``, factors of a token's largest and smallest value.
+    ``left`` alone mixes whole heads of the input (P_o).
     AWQ adds ``input_scale`` ``[K]``, a factor of each input channel, where no layer before took it.
     """
 
@@ -135,6 +151,8 @@ class Linear(nnx.Module):
             x = rounded(x.astype(jnp.float32) * take(self.input_scale, layer)).astype(x.dtype)
         if "left" not in self.names:
             return x
+        if "right" not in self.names:
+            return across_heads(x, take(self.left, layer))
         return kronecker(x, take(self.left, layer), take(self.right, layer))
 
     def clipping(self, layer: Array | int | None) -> Float[Array, " 2"] | None:
@@ -152,7 +170,7 @@ class Linear(nnx.Module):
         clip = self.clipping(layer)
         if "weight" in self.names:
             bits = self.weight_bits, self.activation_bits
-            return simulated_product(x, take(self.weight, layer), clip, *bits)
+            return simulated_product(x, take(self.weight, layer), clip, *bits, self._step(layer))
         values, row_scale = quantize_activation(x, self.activation_bits, clip)
         if "packed" in self.names:
             return int4_matmul(
@@ -164,6 +182,8 @@ class Linear(nnx.Module):
         """The weight of one layer in float32, from group scales."""
         if "weight" in self.names:
             weight = take(self.weight, layer)
+            if (step := self._step(layer)) is not None:
+                return simulated_groups(weight, step, groups)
             quantized = groups.dequantize(*groups.quantize(weight))
             return pass_through(weight.astype(jnp.float32), quantized)
         codes = take(self.packed if "packed" in self.names else self.codes, layer)
@@ -179,4 +199,8 @@ class Linear(nnx.Module):
             return unpack_int4(take(self.packed, layer)), take(self.scale, layer)
         if "codes" in self.names:
             return take(self.codes, layer), take(self.scale, layer)
-        return simulated_weight(take(self.weight, layer), self.weight_bits)
+        return simulated_weight(take(self.weight, layer), self.weight_bits, self._step(layer))
+
+    def _step(self, layer) -> Float[Array, "*scales"] | None:
+        """The learned scales of a simulated weight, if it has any (GRACE)."""
+        return take(self.scale, layer) if "scale" in self.names else None

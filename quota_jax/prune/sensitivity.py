@@ -28,7 +28,10 @@ from quota_jax.errors import QuotaError
 from quota_jax.models.vision_language import VisionLanguageModel, sequence_of
 from quota_jax.prune.allocator import PER
 from quota_jax.prune.calibration_pass import Journal, first_difference, run_pass
+from quota_jax.prune.select import gather
 from quota_jax.quant.calibration_data import Sample, digest
+from quota_jax.quant.streaming import check_graph
+from quota_jax.recipe import Recipe
 
 KIND = "sensitivities"
 
@@ -111,26 +114,37 @@ def measure_sensitivities(
     journal: Path,
     *,
     options: SensitivityOptions | None = None,
+    recipe: Recipe | None = None,
     progress: bool = False,
 ) -> Sensitivities:
     """S_l of a quantized checkpoint against its full-precision source.
 
-    Both models are on the device at once. ``journal`` is a file that exists only while this is
-    unfinished: after a kill the same call goes on from it, with the same result.
+    Both models are on the device at once. ``recipe``: of the execution that is measured, with
+    stages inside layers; None keeps all tokens. ``journal`` is a file that exists only while this
+    is unfinished: after a kill the same call goes on from it, with the same result.
 
     Raises:
       QuotaError: the checkpoints are not the two forms of one model.
     """
     options = options or SensitivityOptions()
-    identity = sensitivity_identity(quantized, reference, samples, options)
+    identity = sensitivity_identity(quantized, reference, samples, options, recipe)
     if not samples:
         raise QuotaError("sensitivities need calibration samples")
+    if recipe is not None:
+        check_graph(recipe)
 
     def load():
         models = [each.load_model(options.dtype) for each in (quantized, reference)]
         return lambda batch: {
             "error": np.asarray(
-                layer_errors(*models, batch, eta=options.eta, local=options.local, per=options.per)
+                layer_errors(
+                    *models,
+                    batch,
+                    eta=options.eta,
+                    local=options.local,
+                    per=options.per,
+                    recipe=recipe,
+                )
             )
         }
 
@@ -156,6 +170,7 @@ def sensitivity_identity(
     reference: Checkpoint,
     samples: Sequence[Sample],
     options: SensitivityOptions,
+    recipe: Recipe | None = None,
 ) -> dict[str, Any]:
     """What sensitivities depend on; equal identities promise equal values on one machine."""
     check_pair(quantized, reference)
@@ -172,6 +187,8 @@ def sensitivity_identity(
         "dtype": options.dtype,
         "version": __version__,
     }
+    if recipe is not None:
+        identity["recipe"] = recipe.to_json()
     return json.loads(json.dumps(identity))  # as a file gives it back
 
 
@@ -194,7 +211,7 @@ def check_pair(quantized: Checkpoint, reference: Checkpoint) -> None:
         raise QuotaError(f"{quantized.path} and {reference.path} are different models: {found}")
 
 
-@functools.partial(jax.jit, static_argnames=("local", "per"))
+@functools.partial(jax.jit, static_argnames=("local", "per", "recipe"))
 def layer_errors(
     quantized: VisionLanguageModel,
     reference: VisionLanguageModel,
@@ -203,26 +220,43 @@ def layer_errors(
     eta: float,
     local: bool = False,
     per: str = "sample",
+    recipe: Recipe | None = None,
 ) -> Float[Array, "B L"]:
     """Relative error of each layer's output for each row of a batch; see ``SensitivityOptions``.
 
-    Unpruned. Norms in float32; padding does not count.
+    Norms in float32; padding does not count. Under a ``recipe`` with stages inside layers the
+    quantized model chooses the tokens and both models keep the same ones; without, all stay.
     """
     sequence = sequence_of(batch)
     x, x_q = (
         model.embed(batch, model.visual_features(batch.pixels)) for model in (reference, quantized)
     )
 
-    def layer(states, index):
-        x, x_q = states
+    def layer(x, x_q, sequence, index):
         read = x.astype(x_q.dtype) if local else x_q
         x_q = quantized.decoder.layer(read, sequence, index)[0]
-        x = reference.decoder.layer(x, sequence, index)[0]
-        return (x, x_q), _relative(x, x_q, sequence.is_real, eta, per)
+        return reference.decoder.layer(x, sequence, index)[0], x_q
 
-    depth = reference.config.text.num_layers
-    _, errors = jax.lax.scan(layer, (x, x_q), jnp.arange(depth, dtype=jnp.int32))
-    return errors.T
+    def segment(x, x_q, sequence, start, stop):
+        """Layers on the same tokens; the errors of each, ``[layers, B]``."""
+
+        def one(states, index):
+            x, x_q = layer(states[0], states[1], sequence, index)
+            return (x, x_q), _relative(x, x_q, sequence.is_real, eta, per)
+
+        (x, x_q), errors = jax.lax.scan(one, (x, x_q), jnp.arange(start, stop, dtype=jnp.int32))
+        return x, x_q, errors
+
+    done, found = 0, []
+    for stage in recipe.stages if recipe else ():
+        x, x_q, errors = segment(x, x_q, sequence, done, stage.layer)
+        index = jnp.int32(stage.layer)
+        left, order = quantized.decoder.chosen(x_q, sequence, index, stage, recipe)
+        x, x_q = (gather(part, order) for part in layer(x, x_q, sequence, index))
+        sequence, done = left, stage.layer + 1
+        found += [errors, _relative(x, x_q, sequence.is_real, eta, per)[None]]
+    *_, errors = segment(x, x_q, sequence, done, reference.config.text.num_layers)
+    return jnp.concatenate([*found, errors]).T
 
 
 def _relative(x, x_q, is_real, eta, per: str) -> Float[Array, " B"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from quota_jax.models.shapes import parameter_shapes
 from quota_jax.models.vision_language import sequence_of
 from quota_jax.nn.linear import observed
 from quota_jax.nn.rope import axial_angles
+from quota_jax.prune.select import Sequence
 from quota_jax.quantization import QuantizationConfig
 
 Array = jax.Array
@@ -48,29 +50,33 @@ class Block:
         return cls(config=config, kind=kind, full=full)
 
     def __call__(
-        self, params: Params, x: Array, batch: Batch, quantization: QuantizationConfig
+        self, params: Params, x: Array, batch: Batch | Sequence, quantization: QuantizationConfig
     ) -> Array:
         """The block's output; float weights of a quantized module are simulated."""
         return self.run(partial_model(self.config, quantization, params), x, batch)
 
-    def run(self, model: Any, x: Array, batch: Batch) -> Array:
-        """The block as layer 0 of ``model``."""
+    def run(self, model: Any, x: Array, batch: Batch | Sequence) -> Array:
+        """The block as layer 0 of ``model``; a decoder layer takes what pruning left of a batch."""
         first = jnp.int32(0)
         if self.kind == "projector":
             tokens = model.project(x)
-            return tokens.reshape(x.shape[0], -1, tokens.shape[-1])
+            # A batch may hold no picture: -1 would be no number then.
+            rows = tokens.shape[0] // max(1, x.shape[0])
+            return tokens.reshape(x.shape[0], rows, tokens.shape[-1])
         if self.kind == "decoder":
-            return model.decoder.layer(x, sequence_of(batch), first)[0]
+            return model.decoder.layer(x, layer_sequence(batch), first)[0]
+        assert isinstance(batch, Batch)
         if not isinstance(self.config, QwenVlConfig):
             return model.vision.layer(x, first)
         vision = self.config.vision
         angles = axial_angles(vision.head_dim, vision.rope_theta, batch.pixels.coordinates)
         return model.vision.layer(x, first, batch.pixels, angles, full=self.full)
 
-    def mask(self, batch: Batch, count: int) -> Array:
+    def mask(self, batch: Batch | Sequence, count: int) -> Array:
         """Which rows of the output are real, of the first ``count`` samples; bool."""
         if self.kind == "decoder":
-            return batch.is_real & (jnp.arange(batch.batch_size) < count)[:, None]
+            return batch.is_real & (jnp.arange(batch.lengths.shape[0]) < count)[:, None]
+        assert isinstance(batch, Batch)
         config = self.config
         if isinstance(config, QwenVlConfig):
             unit = config.vision.merge_unit
@@ -89,8 +95,14 @@ class Block:
         return real & (jnp.arange(slots) < used)[:, None]
 
 
+def layer_sequence(batch: Batch | Sequence) -> Sequence:
+    """What a decoder layer sees of a batch: all of it, or what pruning left."""
+    return batch if isinstance(batch, Sequence) else sequence_of(batch)
+
+
 def partial_model(config: ModelConfig, quantization: QuantizationConfig, params: Params) -> Any:
     """A model with these parameters; those of a block become layer 0, all others are empty."""
+    quantization = dataclasses.replace(quantization, layer_bits=())
     whole: dict[str, Any] = {
         name: value[None] if ".layers." in name else value for name, value in params.items()
     }

@@ -15,6 +15,7 @@ stays the number of all tokens, as in MBQ, so equal weights of 1 are FlatQuant's
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import zlib
@@ -32,9 +33,17 @@ from quota_jax.errors import QuotaError
 from quota_jax.quant.blocks import Block, largest_inputs
 from quota_jax.quant.calibration_data import CalibrationData
 from quota_jax.quant.flatquant import STARTS
-from quota_jax.quant.folding import Learned, Site, find_sites, fold, fold_exactly, start
+from quota_jax.quant.folding import (
+    Learned,
+    Site,
+    find_sites,
+    fold,
+    fold_exactly,
+    start,
+    start_cache,
+)
 from quota_jax.quant.streaming import FEEDS, Transform
-from quota_jax.quantization import QuantizationConfig
+from quota_jax.quantization import OUTPUT_TRANSFORMS, QuantizationConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,8 +53,13 @@ class FlatQuantOptions:
     steps: optimizer steps per block, each on one batch, the batches in turn. start: "random"
     rotations or the "identity". Rates fall along a cosine to a thousandth. feed: what blocks read,
     outputs of "full" precision or of the "quantized" blocks before them. modality_weights: of the
-    errors of visual and of text tokens in the decoder. transform_values: also the values that are
-    cached in less than 16 bits.
+    errors of visual and of text tokens in the decoder.
+
+    output_transform: of what attention gives, by "heads" (P_o) or a "kronecker" product over all
+    features. transform_values: P_v, with "kronecker" of values that are cached in less than 16 bits
+    only. transform_keys: P_k, and clip_cache: learned factors of the ranges of keys and values,
+    both where the cache has less than 16 bits. Keys by channel have no P_k: they are quantized
+    before their rotation, and a transform of rotated keys would mix their channels again.
     """
 
     steps: int = 480
@@ -56,9 +70,17 @@ class FlatQuantOptions:
     clip_rate: float = 5e-2
     feed: str = "full"
     modality_weights: tuple[float, float] = (1.0, 1.0)
+    output_transform: str = "kronecker"
     transform_values: bool = True
+    transform_keys: bool = False
+    clip_cache: bool = False
 
     def __post_init__(self):
+        if self.output_transform not in OUTPUT_TRANSFORMS:
+            known = ", ".join(OUTPUT_TRANSFORMS)
+            raise QuotaError(
+                f"output_transform {self.output_transform!r} is unknown; known: {known}"
+            )
         for name in ("steps", "batch_size"):
             if getattr(self, name) < 1:
                 raise QuotaError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -77,6 +99,17 @@ class FlatQuantOptions:
                 f"not both 0; got {' '.join(map(str, weights))}"
             )
 
+    def configure(self, quantization: QuantizationConfig) -> QuantizationConfig:
+        """``quantization`` with those of the transforms chosen here that its checkpoints store."""
+        cached = quantization.kv_bits < 16
+        by_token = quantization.key_quantization == "token"
+        return dataclasses.replace(
+            quantization,
+            output_transform=self.output_transform,
+            key_transform=self.transform_keys and cached and by_token,
+            cache_clip=self.clip_cache and cached,
+        )
+
     def optimizer(self) -> optax.GradientTransformation:
         """AdamW (decay 0.01, as in torch) with ten times the rate for clipping factors."""
 
@@ -91,7 +124,7 @@ class FlatQuantOptions:
 
 def _groups(learned: Learned) -> Any:
     def group(path, _):
-        return "clip" if path[1].key in ("weight_clip", "input_clip") else "transform"
+        return "clip" if path[1].key.endswith("_clip") else "transform"
 
     return jax.tree_util.tree_map_with_path(group, learned)
 
@@ -114,9 +147,7 @@ def learner(
     """What ``write_blocks`` does to each block: trains and folds its transforms."""
 
     def transform(name, block, stored, inputs, outputs):
-        cached = block.kind == "decoder" and quantization.kv_bits < 16
-        width = block.config.text.head_dim if cached and options.transform_values else 0
-        sites = find_sites(stored, quantization, value_width=width)
+        sites = block_sites(block, stored, quantization, options.transform_values)
         task = Task(block=block, quantization=quantization, sites=sites, options=options)
         learned, found = task.learn(name, stored, inputs, outputs, data)
         if report and inputs:
@@ -124,6 +155,26 @@ def learner(
         return fold_exactly(stored, sites, learned)
 
     return transform
+
+
+def block_sites(
+    block: Block,
+    names: Mapping[str, Any],
+    quantization: QuantizationConfig,
+    transform_values: bool = True,
+) -> tuple[Site, ...]:
+    """The transforms of a block as ``quantization`` lays them out."""
+    if block.kind == "projector":
+        return find_sites(names, quantization)
+    by_heads = quantization.output_transform == "heads"
+    heads = block.config.vision if block.kind == "vision" else block.config.text
+    cached = block.kind == "decoder" and quantization.kv_bits < 16
+    return find_sites(
+        names,
+        quantization,
+        value_width=heads.head_dim if transform_values and (by_heads or cached) else 0,
+        heads=heads.num_heads if by_heads else 0,
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,14 +230,12 @@ class Task:
         """The trainable parameters before the first step."""
         linears = tuple(site.linear for site in self.sites)
         largest = largest_inputs(self.block, params, inputs, batches, masks, linears)
-        learned = start(
-            params,
-            self.sites,
-            largest,
-            self.quantization,
-            kind=self.options.start if inputs else "identity",
-            seed=zlib.crc32(f"{self.options.seed} {name}".encode()),
-        )
+        kind = self.options.start if inputs else "identity"
+        seed = zlib.crc32(f"{self.options.seed} {name}".encode())
+        learned = start(params, self.sites, largest, self.quantization, kind=kind, seed=seed)
+        if self.block.kind == "decoder":
+            width = self.block.config.text.head_dim
+            learned |= start_cache(self.quantization, width, kind=kind, seed=seed)
         return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), learned)
 
     def loss(

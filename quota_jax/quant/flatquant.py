@@ -37,6 +37,12 @@ def kronecker(x: Any, left: Any, right: Any) -> Any:
     return (left.T @ (matrix @ right)).reshape(x.shape)
 
 
+def across_heads(x: Any, left: Any) -> Any:
+    """``x (left kron I)`` over the last axis: mixes whole heads, as many as ``left`` has rows."""
+    heads = x.reshape(*x.shape[:-1], left.shape[0], -1)
+    return (left.T @ heads).reshape(x.shape)
+
+
 def cayley(free: Any, xp: Any) -> Any:
     """The orthogonal ``(I - A/2)^-1 (I + A/2)``, A the skew matrix of ``free``'s strict lower
     triangle."""

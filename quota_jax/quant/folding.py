@@ -2,13 +2,19 @@
 
 A block is one vision layer, the projector, or one decoder layer, as stored in a checkpoint. Every
 linear has one transform of its input; linears that share an input (q/k/v, gate/up) are one fused
-linear here, so they share its activation clipping too (the paper's code has one for each). The
-output projection has a plain Kronecker transform of all heads' features in place of P_o, and there
-is no P_k: keys are quantized as they are.
+linear here, so they share its activation clipping too (the paper's code has one for each).
 
-Values that are cached in few bits have P_v: each head's are multiplied by one learned matrix, the
-same for all heads. It goes into the value rows of q/k/v, and its inverse transpose into the columns
-of the output projection, so it costs nothing online.
+Values have P_v: each head's are multiplied by one learned matrix, the same for all heads, so that
+heads of queries that share a key/value head read the same. It goes into the value rows of q/k/v,
+and its inverse transpose into the columns of the output projection, so it costs nothing online.
+The output projection's own transform acts on what attention gives. As "heads" it is P_o, which
+mixes the query heads: together with P_v the input is multiplied by ``P_o kron P_v``, as in the
+paper. As "kronecker" it is a product over all heads' features like that of any other linear, on top
+of P_v, which only values that are cached in few bits then have.
+
+P_k multiplies each rotated key of the cache, its inverse transpose each rotated query. Rotation
+stands between it and the weights, so both run online. Ranges of keys and of values have two learned
+factors each.
 
 Diagonals cost nothing online: that of an input fed by a norm goes into the norm's scale and bias,
 that of ``down`` behind a gated product into the rows of ``up``. Where neither stands before a
@@ -23,10 +29,11 @@ from typing import Any
 
 import numpy as np
 
-from quota_jax.models.params import LINEARS
+from quota_jax.models.params import CACHE, LINEARS
 from quota_jax.quant.flatquant import (
     ALPHA,
     CLIP_START,
+    across_heads,
     clip_rows,
     factor,
     factor_pair,
@@ -39,9 +46,9 @@ from quota_jax.quantization import QuantizationConfig
 
 Learned = dict[str, dict[str, Any]]
 """Linear -> what was found for it, each optional: diagonal, left, right, value, weight_clip,
-input_clip.
+input_clip; for ``CACHE``: key, cache_clip.
 
-The diagonal is a logarithm, the clips are logits, left, right and value the parameters of a factor.
+The diagonal is a logarithm, the clips are logits, the others the parameters of a factor.
 """
 
 NORM_BEFORE = {"qkv": "norm1", "gate_up": "norm2", "up": "norm2", "linear_1": "norm"}
@@ -52,7 +59,8 @@ class Site:
     """A linear with a transform, and where its diagonal goes ("" where there is none).
 
     values: the fused q/k/v whose values of ``head_dim`` features this output projection reads with
-    a transform of their own; "" where they have none.
+    a transform of their own; "" where they have none. heads: how many heads this projection's
+    transform mixes; 0 where it is a Kronecker product.
     """
 
     linear: str
@@ -60,6 +68,7 @@ class Site:
     gated: str = ""
     values: str = ""
     head_dim: int = 0
+    heads: int = 0
 
     @property
     def has_diagonal(self) -> bool:
@@ -67,12 +76,17 @@ class Site:
 
 
 def find_sites(
-    names: Mapping[str, Any], quantization: QuantizationConfig, *, value_width: int = 0
+    names: Mapping[str, Any],
+    quantization: QuantizationConfig,
+    *,
+    value_width: int = 0,
+    heads: int = 0,
 ) -> tuple[Site, ...]:
     """The transforms of a block with these parameters, in their order.
 
     Args:
       value_width: features of a head whose values are transformed; 0 leaves them as they are.
+      heads: of queries, which the output projection's transform mixes; 0: a Kronecker product.
     """
     sites = []
     for name in names:
@@ -91,6 +105,7 @@ def find_sites(
                 gated=gated if path[-1] == "down" and f"{gated}.weight" in names else "",
                 values=values,
                 head_dim=value_width if values else 0,
+                heads=heads if path[-1] == "o" else 0,
             )
         )
     return tuple(sites)
@@ -115,12 +130,11 @@ def start(
     draw = np.random.default_rng(seed)
     for site in sites:
         weight = np.abs(np.asarray(params[f"{site.linear}.weight"], np.float64))
-        a, b = factor_pair(weight.shape[1])
-        found: dict[str, Any] = {
-            "left": start_factor(a, kind, draw),
-            "right": start_factor(b, kind, draw),
-            "weight_clip": np.full((2, len(weight)), CLIP_START),
-        }
+        a, b = (site.heads, 0) if site.heads else factor_pair(weight.shape[1])
+        found: dict[str, Any] = {"left": start_factor(a, kind, draw)}
+        if b:
+            found["right"] = start_factor(b, kind, draw)
+        found["weight_clip"] = np.full((2, len(weight)), CLIP_START)
         if site.has_diagonal:
             width = params[f"{site.norm}.scale"].shape[0] if site.norm else weight.shape[1]
             found["diagonal"] = np.zeros(width)
@@ -132,6 +146,20 @@ def start(
             found["value"] = start_factor(site.head_dim, kind, draw)
         learned[site.linear] = found
     return learned
+
+
+def start_cache(quantization: QuantizationConfig, width: int, *, kind: str, seed: int) -> Learned:
+    """What learning a decoder layer's cache begins with; empty where nothing of it is learned.
+
+    Args:
+      width: features of a head.
+    """
+    found: dict[str, Any] = {}
+    if quantization.key_transform:
+        found["key"] = start_factor(width, kind, np.random.default_rng([seed, 1]))
+    if quantization.cache_clip:
+        found["cache_clip"] = np.full((2, 2), CLIP_START)
+    return {CACHE: found} if found else {}
 
 
 def diagonal_of(weight: Any, input_max: Any, width: int, alpha: float) -> np.ndarray:
@@ -167,9 +195,13 @@ def fold(
             weight = weight / xp.tile(diagonal, weight.shape[1] // len(diagonal))
         if "left" in found:
             left, left_inverse = factor(found["left"], xp)
-            right, right_inverse = factor(found["right"], xp)
-            weight = kronecker(weight, left_inverse, right_inverse)
-            out[f"{site.linear}.left"], out[f"{site.linear}.right"] = left, right
+            out[f"{site.linear}.left"] = left
+            if "right" in found:
+                right, right_inverse = factor(found["right"], xp)
+                out[f"{site.linear}.right"] = right
+                weight = kronecker(weight, left_inverse, right_inverse)
+            else:
+                weight = across_heads(weight, left_inverse)
         if "weight_clip" in found and clip:
             weight = clip_rows(weight, found["weight_clip"], xp)
         out[name] = weight
@@ -187,6 +219,12 @@ def fold(
             if (name := f"{stem}.{part}") in out:
                 value = out[name]
                 out[name] = value * (diagonal[:, None] if value.ndim == 2 else diagonal)
+    cache = learned.get(CACHE, {})
+    if "key" in cache:
+        matrix, inverse = factor(cache["key"], xp)
+        out[f"{CACHE}.key_transform"], out[f"{CACHE}.query_transform"] = matrix, inverse
+    if "cache_clip" in cache:
+        out[f"{CACHE}.clip"] = sigmoid(cache["cache_clip"], xp)
     return out
 
 

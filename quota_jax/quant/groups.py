@@ -61,27 +61,37 @@ class Groups:
         """
         low, high = jnp.minimum(low, 0.0), jnp.maximum(high, 0.0)
         span = jnp.maximum(high, -low) if self.symmetric else high - low
-        kind = jnp.dtype(self.scale_dtype or dtype)
-        info = jnp.finfo(kind)
         scale = jnp.maximum(span, TINY) / (self.highest if self.symmetric else 2**self.bits - 1)
-        # Half precision ends early: no scale may round to zero or infinity.
-        scale = jnp.clip(scale, float(info.smallest_normal), float(info.max))
-        scale = scale.astype(kind).astype(jnp.float32)
+        scale = self.storable(scale, self.scale_dtype or dtype)
         if self.symmetric:
             return scale, jnp.zeros_like(scale)
         return scale, jnp.clip(jnp.round(-low / scale), self.lowest, self.highest)
+
+    def storable(self, scale: Float[Array, "*groups"], dtype: Any) -> Float[Array, "*groups"]:
+        """Scales rounded to ``dtype``, as float32."""
+        kind = jnp.dtype(dtype)
+        info = jnp.finfo(kind)
+        # Half precision ends early: no scale may round to zero or infinity.
+        scale = jnp.clip(scale, float(info.smallest_normal), float(info.max))
+        return scale.astype(kind).astype(jnp.float32)
 
     def codes(self, weight: Array, scale: Array, zero: Array) -> Array:
         """Nearest codes (ties to even) as float32; the arguments broadcast."""
         return jnp.clip(jnp.round(weight / scale) + zero, self.lowest, self.highest)
 
     def quantize(
-        self, weight: Float[Array, "*rows K"]
+        self, weight: Float[Array, "*rows K"], step: Float[Array, "*rows G"] | None = None
     ) -> tuple[Int[Array, "*rows K"], Float[Array, "*rows G"], UInt8[Array, "*rows G"] | None]:
-        """Round to nearest: codes, scales in their storage dtype, zeros (None where symmetric)."""
+        """Round to nearest: codes, scales in their storage dtype, zeros (None where symmetric).
+
+        ``step`` holds the scales of a symmetric grid; None: they cover each group's range.
+        """
         kind = jnp.dtype(self.scale_dtype or weight.dtype)
         cut = self.cut(weight.astype(jnp.float32))
-        scale, zero = self.grid(cut.min(-1), cut.max(-1), kind)
+        if step is None:
+            scale, zero = self.grid(cut.min(-1), cut.max(-1), kind)
+        else:
+            scale, zero = self.storable(step, kind), jnp.zeros_like(step)
         codes = self.codes(cut, scale[..., None], zero[..., None])
         codes = codes.reshape(*weight.shape[:-1], -1)[..., : weight.shape[-1]]
         return self.stored(codes, scale.astype(kind), zero)

@@ -7,6 +7,8 @@ here and codes made from a stored scale are the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
@@ -20,12 +22,16 @@ def symmetric_limit(bits: int) -> int:
 
 
 def quantize_weight(
-    weight: Float[Array, "*stack N K"], bits: int
+    weight: Float[Array, "*stack N K"], bits: int, scale: Float[Array, "*stack N"] | None = None
 ) -> tuple[Int[Array, "*stack N K"], Float[Array, "*stack N"]]:
-    """Symmetric round-to-nearest (ties to even) per output channel; int8 codes, float32 scales."""
+    """Symmetric round-to-nearest (ties to even) per output channel; int8 codes, float32 scales.
+
+    ``scale`` None: the largest absolute value over the largest code.
+    """
     weight = weight.astype(jnp.float32)
     limit = symmetric_limit(bits)
-    scale = jnp.maximum(jnp.abs(weight).max(-1), TINY) / limit
+    if scale is None:
+        scale = jnp.maximum(jnp.abs(weight).max(-1), TINY) / limit
     codes = jnp.clip(jnp.round(weight / scale[..., None]), -limit - 1, limit)
     return codes.astype(jnp.int8), scale
 
@@ -57,17 +63,31 @@ def quantize_activation(
 
 
 def quantize_kv(
-    x: Float[Array, "*rows H"], bits: int
+    x: Float[Array, "*rows H"], bits: int, clip: Float[Array, " 2"] | None = None
 ) -> tuple[UInt8[Array, "*rows H"], Float[Array, "*rows"], UInt8[Array, "*rows"]]:
     """Asymmetric over the head: ``x ~ scale * (code - zero)``; the range always contains 0.
 
+    ``clip`` holds factors of the largest and of the smallest value (FlatQuant's learned clipping).
     Returns unsigned codes, bfloat16 scales and integer zero points.
     """
+    codes, scale, zero = kv_codes(x, bits, clip, jnp.round)
+    return codes.astype(jnp.uint8), scale, zero.astype(jnp.uint8)
+
+
+def kv_codes(
+    x: Float[Array, "*rows H"],
+    bits: int,
+    clip: Float[Array, " 2"] | None,
+    nearest: Callable[[Array], Array],
+) -> tuple[Float[Array, "*rows H"], Float[Array, "*rows"], Float[Array, "*rows"]]:
+    """``quantize_kv`` with codes and zeros in float32, rounded by ``nearest``."""
     x = x.astype(jnp.float32)
     levels = 2**bits - 1
     low, high = jnp.minimum(x.min(-1), 0.0), jnp.maximum(x.max(-1), 0.0)
+    if clip is not None:
+        low, high = low * clip[1], high * clip[0]
     scale = (jnp.maximum(high - low, TINY) / levels).astype(KV_SCALE_DTYPE)
     step = scale.astype(jnp.float32)
-    zero = jnp.clip(jnp.round(-low / step), 0, levels)
-    codes = jnp.clip(jnp.round(x / step[..., None]) + zero[..., None], 0, levels)
-    return codes.astype(jnp.uint8), scale, zero.astype(jnp.uint8)
+    zero = jnp.clip(nearest(-low / step), 0, levels)
+    codes = jnp.clip(nearest(x / step[..., None]) + zero[..., None], 0, levels)
+    return codes, scale, zero

@@ -1,0 +1,214 @@
+"""``quota-jax reproduce``: the paper's tables and figures on a model of one's own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from quota_jax.errors import QuotaError
+
+if TYPE_CHECKING:
+    from quota_jax.reproduce.study import Study
+
+FIGURES = {"fig3": "llava", "fig5": "qwen2_5_vl"}
+POOL = 384
+"""Drawn samples from which each seed takes its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reproduce:
+    """Make tables and figures of the paper, all methods run in this program.
+
+    By default on a shipped small model and the drawn benchmarks, with their test questions. Work
+    that was killed goes on with the same command; checkpoints and runs that several tables need are
+    made once.
+
+    For example:
+      quota-jax reproduce --what table3 --model llava --out study
+    """
+
+    out: Path
+    """Folder of the study; tables come to OUT/tables."""
+    what: tuple[str, ...]
+    """table1 to table6, scores, keep, methods, peers, fig3 or fig5, or all."""
+    model: Literal["llava", "qwen2_5_vl"] = "llava"
+    """The shipped small model, where no --source is given."""
+    source: Path | None = None
+    """A full-precision checkpoint; needs --data and --samples."""
+    data: Path | None = None
+    """Folder with a folder for each task."""
+    samples: Path | None = None
+    """List of calibration samples, from which each seed draws --num-samples."""
+    num_samples: int | None = None
+    """Default 128."""
+    seeds: tuple[int, ...] = (0,)
+    """Of calibration."""
+    steps: int | None = None
+    """FlatQuant's steps for each block."""
+    limit: int | None = None
+    """Only the first questions of each task."""
+    batch_size: int | None = None
+    """Questions at a time; default 32."""
+    visual_tokens: int | None = None
+    """Of most pictures, for costs; default the model's reference picture."""
+    max_new_tokens: int | None = None
+    """A lower limit than the tasks' own."""
+    text_bucket: int | None = None
+    """Pad all prompts to this text length: one program for each run."""
+    jobs: int = 1
+    """Processes that share the work on this machine."""
+
+    def run(self) -> int:
+        from quota_jax.reproduce.tables import TABLES, make_table
+        from quota_jax.reproduce.work import begin_study, plan_of
+
+        if self.jobs < 1:
+            raise QuotaError(f"--jobs must be at least 1, got {self.jobs}")
+        study = begin_study(self.out, self._settings())
+        plan = plan_of(study, self.seeds)
+        family = plan.config.model_type
+        names = list(self.what)
+        if names == ["all"]:
+            figures = [name for name, model in FIGURES.items() if model == family]
+            names = [*TABLES, *figures]
+            if family == "qwen2_5_vl":
+                names[names.index("table4")] = "table6"
+        for name in names:
+            if name in FIGURES and FIGURES[name] != family:
+                raise QuotaError(f"{name} is a figure of {FIGURES[name]}, not of {family}")
+        tables = [make_table(name, plan) for name in names if name not in FIGURES]
+        if tables:
+            self._work([table.name for table in tables])
+        for table in tables:
+            study.run(table.rows)
+            for file in self._write(study, table):
+                print(f"wrote {file}")
+        for name in names:
+            if name in FIGURES:
+                self._profile(study, name)
+        return 0
+
+    def _settings(self) -> dict[str, object]:
+        given = (self.source, self.data, self.samples)
+        if any(given) and not all(given):
+            raise QuotaError("--source, --data and --samples belong together")
+        settings: dict[str, object] = {
+            "source": self.source,
+            "data": self.data,
+            "samples": self.samples,
+            "num_samples": self.num_samples,
+            "steps": self.steps,
+            "limit": self.limit,
+            "batch_size": self.batch_size,
+            "visual_tokens": self.visual_tokens,
+            "max_new_tokens": self.max_new_tokens,
+            "text_bucket": self.text_bucket,
+        }
+        return settings if all(given) else settings | self._testbed()
+
+    def _testbed(self) -> dict[str, object]:
+        """The shipped model, its benchmarks and samples, made where they are missing.
+
+        Answers on the testbed are a few tokens long, and its prompts are short.
+        """
+        from converters import convert
+        from quota_jax.testbed import small_llava_path, small_qwen_path
+        from quota_jax.testbed.benchmarks.writer import write_benchmarks
+        from quota_jax.testbed.samples import write_samples
+
+        source, data = self.out / "source", self.out / "benchmarks"
+        samples = self.out / "samples.json"
+        folder, tokens = {
+            "llava": (small_llava_path, None),
+            "qwen2_5_vl": (small_qwen_path, 144),
+        }[self.model]
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not source.exists():
+            convert(folder(), source)
+        write_benchmarks(data, split="test")
+        if not samples.exists():
+            write_samples(samples, POOL, family=self.model)
+        return {
+            "source": source,
+            "data": data,
+            "samples": samples,
+            "visual_tokens": self.visual_tokens or tokens,
+            "max_new_tokens": self.max_new_tokens or 32,
+            "text_bucket": self.text_bucket or 96,
+        }
+
+    def _work(self, tables: list[str]) -> None:
+        """Several processes, where they are asked for; what they leave is done here."""
+        if self.jobs == 1:
+            return
+        command = [sys.executable, "-m", "quota_jax.reproduce.work", str(self.out), *tables]
+        command += ["--seeds", *map(str, self.seeds)]
+        workers = [subprocess.Popen(command) for _ in range(self.jobs)]
+        if any([worker.wait() for worker in workers]):
+            raise QuotaError("a process of the study failed; its message is above")
+
+    def _write(self, study: Study, table) -> tuple[Path, Path]:
+        import jax
+
+        from quota_jax import __version__
+        from quota_jax.reproduce.paper import PAPER
+        from quota_jax.reproduce.report import write_table
+
+        paper = PAPER.get(table.name)
+        return write_table(
+            study,
+            table,
+            self.out / "tables",
+            provenance={
+                "command": self.command(table.name),
+                "model": study.reference.config.model_type,
+                "calibration samples": study.num_samples,
+                "seeds": ", ".join(map(str, self.seeds)),
+                "versions": f"quota_jax {__version__}, jax {jax.__version__}",
+                "device": jax.devices()[0].device_kind,
+            },
+            paper=paper.markdown() if paper else (),
+        )
+
+    def command(self, what: str) -> str:
+        """The command that makes one table again."""
+        parts = ["quota-jax reproduce", "--out OUT", f"--what {what}"]
+        if self.source is None:
+            parts.append(f"--model {self.model}")
+        else:
+            parts.append("--source CHECKPOINT --data DATA --samples SAMPLES")
+        for name in ("num_samples", "steps", "limit", "max_new_tokens", "text_bucket"):
+            if (value := getattr(self, name)) is not None:
+                parts.append(f"--{name.replace('_', '-')} {value}")
+        if self.seeds != (0,):
+            parts.append(f"--seeds {' '.join(map(str, self.seeds))}")
+        return " ".join(parts)
+
+    def _profile(self, study: Study, name: str) -> None:
+        """Concentration and redundancy per layer, full precision and W4A4KV4 (Fig. 3 and 5)."""
+        from quota_jax.checkpoint import open_checkpoint
+        from quota_jax.checkpoint.format import encode_json, write_file
+        from quota_jax.figures.canvas import check_plots
+        from quota_jax.figures.profile_plot import draw_profile
+        from quota_jax.prune.profile import ProfileOptions, measure_profile
+        from quota_jax.reproduce.tables import flatquant
+
+        check_plots()
+        folder = self.out / "tables"
+        folder.mkdir(parents=True, exist_ok=True)
+        quantized = open_checkpoint(study.checkpoint(flatquant("W4A4KV4", self.seeds[0])))
+        profile = measure_profile(
+            quantized,
+            study.samples(self.seeds[0]),
+            folder,
+            reference=study.reference,
+            options=ProfileOptions(dtype="float32"),
+            progress=True,
+        )
+        draw_profile(profile, folder / f"{name}.png", quantized.quantization.label)
+        content = encode_json(profile.to_json(), name)
+        write_file(folder / f"{name}.json", content)
+        print(f"wrote {folder / f'{name}.png'}\nwrote {folder / f'{name}.json'}")

@@ -1,0 +1,281 @@
+"""Quantization and token pruning put together in the ways that QUOTA compares (section 4.4).
+
+A variant says on which execution the low-bit operators are calibrated, where the schedule comes
+from, and what tokens are scored by. All variants share the source, the samples and the quantizer:
+
+    variant              calibrated on         schedule                  scores
+    full-precision       -                     -                         -
+    quant-only           all tokens            -                         -
+    prune-only           -                     equal drops               full precision
+    quantize-then-prune  all tokens            equal drops               without the residual
+    prune-then-quantize  the pruned model      equal drops               without the residual
+    collaborative        all tokens            sensitivities (Eq. 1-4)   all four metrics (Eq. 8)
+    co-calibrated        its own pruned        sensitivities of that     all four metrics
+                         low-bit execution     execution
+
+The paper does not say which schedule its stage-wise variants have, only that both use the recipe of
+"the candidate layer set" and the metrics other than the residual; equal drops is our reading.
+Co-calibrated is our extension: blocks are fed by the quantized blocks before them on the tokens
+that these keep, then sensitivities are measured on that execution, and the schedule that follows
+from them is calibrated again, ``rounds`` times.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from quota_jax.checkpoint import open_checkpoint, set_recipe
+from quota_jax.config import ModelConfig
+from quota_jax.errors import QuotaError
+from quota_jax.prune.allocator import Allocation, allocate, quota_recipe
+from quota_jax.prune.presets import CANDIDATES
+from quota_jax.prune.sensitivity import (
+    Sensitivities,
+    SensitivityOptions,
+    measure_sensitivities,
+)
+from quota_jax.quant.calibrate import DATA_METHODS, Options, Report, calibrate
+from quota_jax.quant.calibration_data import Sample
+from quota_jax.quantization import QuantizationConfig
+from quota_jax.recipe import Recipe, Selector
+
+Graph = Literal["none", "whole", "pruned", "deployed"]
+Schedule = Literal["none", "equal", "sensitivity"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Variant:
+    """graph: what the quantizer is calibrated on ("deployed": the pruned low-bit execution itself).
+    schedule: of the drops. residual: whether tokens are also scored by their quantization error."""
+
+    graph: Graph = "none"
+    schedule: Schedule = "none"
+    residual: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        return self.graph != "none"
+
+    @property
+    def pruned(self) -> bool:
+        return self.schedule != "none"
+
+
+VARIANTS: dict[str, Variant] = {
+    "full-precision": Variant(),
+    "quant-only": Variant(graph="whole"),
+    "prune-only": Variant(schedule="equal"),
+    "quantize-then-prune": Variant(graph="whole", schedule="equal"),
+    "prune-then-quantize": Variant(graph="pruned", schedule="equal"),
+    "collaborative": Variant(graph="whole", schedule="sensitivity", residual=True),
+    "co-calibrated": Variant(graph="deployed", schedule="sensitivity", residual=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineOptions:
+    """keep: fraction of the visual tokens that is left (rho). quantization, options: as
+    ``calibrate`` takes them. layers: candidate layers, None for the model's (``candidates``). tau:
+    of Eq. 3. rounds: calibrations of the co-calibrated variant after its first."""
+
+    keep: float = 0.3
+    quantization: QuantizationConfig = field(
+        default_factory=lambda: QuantizationConfig.parse("W4A4KV4", method="flatquant")
+    )
+    options: Options | None = None
+    layers: tuple[int, ...] | None = None
+    tau: float = 1.0
+    rounds: int = 1
+
+    def __post_init__(self):
+        if not 0 <= self.keep <= 1:
+            raise QuotaError(f"keep must lie in [0, 1], got {self.keep}")
+        if self.rounds < 1:
+            raise QuotaError(f"rounds must be at least 1, got {self.rounds}")
+
+
+def candidates(config: ModelConfig) -> tuple[int, ...]:
+    """QUOTA's candidate layers, 0-based: the paper's five where the decoder is as deep as the
+    paper's, else five neighbors that begin at the same part of its depth (not at layer 0)."""
+    depth, published = config.text.num_layers, CANDIDATES[config.model_type]
+    full = {"llava": 32, "qwen2_5_vl": 28}[config.model_type]
+    first = published[0] if depth >= full else max(1, round(published[0] * depth / full))
+    layers = tuple(layer for layer in range(first, first + len(published)) if layer < depth)
+    if not layers:
+        raise QuotaError(f"the decoder has only {depth} layers: name the candidate layers")
+    return layers
+
+
+def selector(quantization: QuantizationConfig, *, residual: bool) -> Selector:
+    """The composite score; the weight of the residual goes to the others where it is not used, or
+    where the decoder's inputs are not quantized and there is none."""
+    measured = quantization.quantizes("decoder") and quantization.activation_bits < 16
+    if residual and measured:
+        return Selector(name="quota")
+    weights = Selector(name="quota").weights.without("residual")
+    return Selector(name="quota", weights=weights)
+
+
+def equal_recipe(config: ModelConfig, options: PipelineOptions, chosen: Selector) -> Recipe:
+    """Equal drops at the candidate layers."""
+    layers = options.layers or candidates(config)
+    return quota_recipe(
+        config.text.num_layers,
+        layers,
+        allocate([0.0] * len(layers), layers, options.keep).ratios,
+        selector=chosen,
+    )
+
+
+def derived_recipe(
+    config: ModelConfig, options: PipelineOptions, chosen: Selector, measured: Sensitivities
+) -> tuple[Recipe, Allocation]:
+    """QUOTA's schedule from sensitivities (Eq. 2-5)."""
+    layers = options.layers or candidates(config)
+    found = allocate(measured.at(layers), layers, options.keep, options.tau)
+    recipe = quota_recipe(config.text.num_layers, layers, found.ratios, selector=chosen)
+    return recipe, found
+
+
+def build_variant(
+    name: str,
+    source: str | Path,
+    out: str | Path,
+    options: PipelineOptions,
+    *,
+    samples: Sequence[Sample] = (),
+    progress: Callable[[str, int, int], None] | None = None,
+    report: Report | None = None,
+) -> Path:
+    """Makes the checkpoint of a variant; a killed call goes on where it was.
+
+    ``source`` is the full-precision checkpoint. The recipe is stored in ``out``, with how it was
+    derived. A finished ``out`` is refused, as by ``calibrate``.
+
+    Raises:
+      QuotaError: unknown variant, or anything that ``calibrate`` refuses.
+    """
+    if name not in VARIANTS:
+        raise QuotaError(f"no variant {name!r}; known: {', '.join(VARIANTS)}")
+    variant, out = VARIANTS[name], Path(out)
+    if not variant.quantized:
+        raise QuotaError(
+            f"variant {name!r} changes no weight: use the source, with a recipe where it prunes"
+        )
+    config = open_checkpoint(source).config
+    quantization = options.quantization
+    without = selector(quantization, residual=False)
+    chosen = selector(quantization, residual=variant.residual)
+
+    def made(place: Path, recipe: Recipe | None = None, feed: str | None = None) -> Path:
+        if not place.exists():
+            learning = options.options or _defaults(quantization.method)
+            if feed is not None:
+                learning = _with_feed(learning, feed)
+            calibrate(
+                source,
+                place,
+                quantization,
+                samples=samples if quantization.method in DATA_METHODS else (),
+                options=learning,
+                recipe=recipe,
+                progress=progress,
+                report=report,
+            )
+        return place
+
+    if variant.graph == "whole" and variant.schedule != "sensitivity":
+        made(out)
+        if variant.schedule == "equal":
+            set_recipe(out, equal_recipe(config, options, without), {"variant": name})
+    elif variant.graph == "pruned":
+        made(out, equal_recipe(config, options, without))
+        set_recipe(out, equal_recipe(config, options, without), {"variant": name})
+    elif variant.graph == "whole":
+        made(out)
+        _derive(name, source, out, options, chosen, samples, None)
+    else:
+        if quantization.method not in DATA_METHODS or not hasattr(
+            _defaults(quantization.method), "feed"
+        ):
+            raise QuotaError(
+                f"variant {name!r} needs a method whose blocks can be fed by quantized ones, not "
+                f"{quantization.method!r}"
+            )
+        _co_calibrate(name, source, out, options, chosen, samples, made)
+    return out
+
+
+def _co_calibrate(
+    name: str,
+    source: str | Path,
+    out: Path,
+    options: PipelineOptions,
+    chosen: Selector,
+    samples: Sequence[Sample],
+    made: Callable[[Path, Recipe | None, str | None], Path],
+) -> None:
+    """Rounds stand beside ``out`` until the last one takes its place."""
+    config = open_checkpoint(source).config
+    recipe = equal_recipe(config, options, chosen)
+    *earlier, last = [out.with_name(f"{out.name}.round-{n}") for n in range(options.rounds + 1)]
+    for place in earlier:
+        made(place, recipe, "quantized")
+        recipe = _derive(name, source, place, options, chosen, samples, recipe)
+    made(last, recipe, "quantized")
+    # The derivation was stored with the round that it was measured on.
+    derivation = open_checkpoint(earlier[-1]).provenance.get("derivation")
+    set_recipe(last, recipe, {"variant": name, "derivation": derivation})
+    last.rename(out)
+    for folder in earlier:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _derive(
+    name: str,
+    source: str | Path,
+    place: Path,
+    options: PipelineOptions,
+    chosen: Selector,
+    samples: Sequence[Sample],
+    graph: Recipe | None,
+) -> Recipe:
+    """Measures sensitivities and stores the schedule that follows."""
+    quantized, reference = open_checkpoint(place), open_checkpoint(source)
+    measured = measure_sensitivities(
+        quantized,
+        reference,
+        samples,
+        place.with_name(f"{place.name}.sensitivities"),
+        options=SensitivityOptions(dtype="float32"),
+        recipe=graph,
+    )
+    recipe, found = derived_recipe(quantized.config, options, chosen, measured)
+    told: dict[str, Any] = {
+        "rho": options.keep,
+        "tau": options.tau,
+        "allocation": dataclasses.asdict(found),
+        "sensitivities": dataclasses.asdict(measured),
+    }
+    set_recipe(place, recipe, {"variant": name, "derivation": told})
+    return recipe
+
+
+def _defaults(method: str) -> Any:
+    return DATA_METHODS[method]() if method in DATA_METHODS else None
+
+
+def _with_feed(options: Any, feed: str) -> Any:
+    """Options whose blocks read what ``feed`` says."""
+    if hasattr(options, "flatquant"):
+        return dataclasses.replace(
+            options,
+            flatquant=dataclasses.replace(options.flatquant, feed=feed),
+            gptq=dataclasses.replace(options.gptq, feed=feed),
+        )
+    return dataclasses.replace(options, feed=feed)

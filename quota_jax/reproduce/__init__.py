@@ -1,0 +1,5 @@
+"""The paper's tables and figures on any model and benchmarks, all methods in this one stack.
+
+`study` makes checkpoints and runs benchmarks, each once, whoever asks for it; `tables` says which
+rows a table has, `paper` what the paper reports, `report` how both are written side by side.
+"""

@@ -1,0 +1,113 @@
+"""Writes a table as JSON and as Markdown: scores, retention with intervals, further columns."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from quota_jax.checkpoint.format import encode_json, write_file
+from quota_jax.evaluate.compare import Interval
+from quota_jax.evaluate.summary import Summary
+from quota_jax.reproduce.study import Row, Study
+from quota_jax.reproduce.tables import Table
+
+
+def collect(study: Study, table: Table) -> list[dict[str, Any]]:
+    """One entry a row: label, facts, scores in the tasks' own units, mean retention and retention
+    above chance of the row's run against the baseline's, as fractions with 95 % intervals."""
+    entries = []
+    for row in table.rows:
+        baseline = None if row.run_name == table.baseline.run_name else table.baseline
+        summary = study.summary(row, baseline)
+        entries.append(_entry(row, summary))
+    return entries
+
+
+def _entry(row: Row, summary: Summary) -> dict[str, Any]:
+    def interval(found: Interval | None) -> dict[str, Any] | None:
+        return None if found is None else dataclasses.asdict(found)
+
+    return {
+        "label": row.label,
+        "run": row.run_name,
+        "facts": dict(row.facts),
+        "scores": {name: task.score.value for name, task in summary.tasks.items()},
+        "questions": {name: task.instances for name, task in summary.tasks.items()},
+        "retention": interval(summary.retention),
+        "corrected": interval(summary.corrected),
+    }
+
+
+def write_table(
+    study: Study,
+    table: Table,
+    folder: Path,
+    *,
+    provenance: Mapping[str, Any],
+    paper: Sequence[str] = (),
+) -> tuple[Path, Path]:
+    """Writes NAME.json and NAME.md into ``folder``.
+
+    provenance: command, machine, versions: stored, and told under the table. paper: Markdown lines
+    with the paper's own figures.
+    """
+    entries = collect(study, table)
+    content = {"table": table.name, "title": table.title, **provenance, "rows": entries}
+    folder.mkdir(parents=True, exist_ok=True)
+    files = folder / f"{table.name}.json", folder / f"{table.name}.md"
+    write_file(files[0], encode_json(content, str(files[0])))
+    write_file(files[1], markdown(table, entries, provenance, paper).encode())
+    return files
+
+
+def markdown(
+    table: Table,
+    entries: Sequence[Mapping[str, Any]],
+    provenance: Mapping[str, Any],
+    paper: Sequence[str] = (),
+) -> str:
+    """The table for readers."""
+    tasks = list(entries[0]["scores"])
+    facts = list(dict.fromkeys(name for entry in entries for name in entry["facts"]))
+    header = ["", *facts, *tasks, "retention", "above chance"]
+    lines = [f"# {table.title}", "", _line(header), _line(["---", *["---:"] * (len(header) - 1)])]
+    for entry in entries:
+        lines.append(
+            _line(
+                [
+                    entry["label"],
+                    *(entry["facts"].get(name, "") for name in facts),
+                    *(f"{entry['scores'][name]:.1f}" for name in tasks),
+                    percent(entry["retention"]),
+                    percent(entry["corrected"]),
+                ]
+            )
+        )
+    counts = ", ".join(f"{name} {count}" for name, count in entries[0]["questions"].items())
+    lines += [
+        "",
+        f"Retention: mean over the tasks of score / score of {table.baseline.label}; above chance: "
+        "of (score - chance) / (baseline - chance). In brackets: paired 95 % intervals, bootstrap "
+        f"over questions. Questions: {counts}.",
+        "",
+        *(f"- {name}: {value}" for name, value in provenance.items()),
+        *(["", *paper] if paper else []),
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def percent(interval: Mapping[str, Any] | None) -> str:
+    """`98.1 [97.2, 99.0]`, of fractions."""
+    if interval is None:
+        return ""
+    value = f"{100 * interval['value']:.1f}"
+    if interval["low"] is None or interval["high"] is None:
+        return value
+    return f"{value} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

@@ -1,0 +1,324 @@
+"""Checkpoints and benchmark runs of a study: each is made once and shared by all tables.
+
+Several processes may work on one study: a checkpoint or run that another one is making is left to
+it, and work that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from quota_jax.checkpoint import Checkpoint, open_checkpoint
+from quota_jax.errors import QuotaError
+from quota_jax.evaluate.folder import PREDICTIONS, read_answers
+from quota_jax.evaluate.runner import Evaluation
+from quota_jax.evaluate.summary import Summary, summarize
+from quota_jax.evaluate.task import Instance, Task
+from quota_jax.evaluate.tasks import TASKS
+from quota_jax.pipeline import PipelineOptions, build_variant, derived_recipe, selector
+from quota_jax.prune.sensitivity import (
+    Sensitivities,
+    SensitivityOptions,
+    measure_sensitivities,
+)
+from quota_jax.prune.weights import QuotaWeights
+from quota_jax.quant.calibrate import DATA_METHODS, calibrate
+from quota_jax.quant.calibration_data import Sample
+from quota_jax.quantization import MODULES, QuantizationConfig
+from quota_jax.recipe import Recipe, Selector
+
+Log = Callable[[str], None]
+
+
+class Busy(Exception):
+    """Another process is making what is asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Weights:
+    """Quantized weights: how they are calibrated, and on which execution.
+
+    variant: None calibrates on all tokens; else a variant of `pipeline` whose calibration sees a
+    pruned model with ``keep`` of the visual tokens. seed: of the rotations, and of the draw of the
+    samples.
+    """
+
+    method: str
+    bits: str
+    modules: tuple[str, ...] = MODULES
+    seed: int = 0
+    variant: str | None = None
+    keep: float | None = None
+
+    @property
+    def name(self) -> str:
+        parts = [self.method.replace("+", "-"), self.bits]
+        if self.modules != MODULES:
+            parts.append("-".join(self.modules))
+        if self.variant:
+            parts.append(f"{self.variant}-{self.keep:g}")
+        return "_".join([*parts, f"seed{self.seed}"])
+
+    @property
+    def quantization(self) -> QuantizationConfig:
+        return QuantizationConfig.parse(self.bits, method=self.method, modules=self.modules)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Derived:
+    """QUOTA's recipe from sensitivities of the row's own weights; ``weights`` of the score."""
+
+    keep: float
+    weights: QuotaWeights | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Row:
+    """One line of a table: weights (None: full precision) under a recipe.
+
+    recipe: None takes the checkpoint's own, that is none where calibration stored none. facts:
+    further columns.
+    """
+
+    label: str
+    weights: Weights | None = None
+    recipe: Recipe | Derived | None = None
+    facts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def run_name(self) -> str:
+        """Equal for rows that are the same run."""
+        recipe: Any = None
+        if isinstance(self.recipe, Recipe):
+            recipe = self.recipe.canonical().to_json() if self.recipe.stages else None
+        elif self.recipe is not None:
+            recipe = dataclasses.asdict(self.recipe)
+        stem = self.weights.name if self.weights else "full"
+        if recipe is None:
+            return stem
+        digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
+        return f"{stem}_{digest}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Study:
+    """One model, one set of questions, one list of calibration samples.
+
+    source: full-precision checkpoint. pool: samples from which each seed draws ``num_samples``.
+    steps: of FlatQuant per block; None takes the default. limit: first questions of each task.
+    visual_tokens: of most pictures, for costs; None takes the model's reference picture.
+    max_new_tokens: a lower limit than the tasks' own. text_bucket: one text length that all prompts
+    are padded to, so that a run has one program for each size of pictures.
+    """
+
+    source: Path
+    data: Path
+    pool: Sequence[Sample]
+    out: Path
+    tasks: tuple[str, ...] = tuple(TASKS)
+    num_samples: int = 128
+    steps: int | None = None
+    limit: int | None = None
+    visual_tokens: int | None = None
+    max_new_tokens: int | None = None
+    text_bucket: int | None = None
+    batch_size: int = 32
+    workers: int = 4
+
+    def __post_init__(self):
+        if not 1 <= self.num_samples <= len(self.pool):
+            raise QuotaError(
+                f"{self.num_samples} calibration samples asked for, {len(self.pool)} are there"
+            )
+        for name in self.tasks:
+            if name not in TASKS:
+                raise QuotaError(f"no task {name!r}; known: {', '.join(TASKS)}")
+
+    @cached_property
+    def reference(self) -> Checkpoint:
+        """The full-precision checkpoint."""
+        return open_checkpoint(self.source)
+
+    @cached_property
+    def questions(self) -> dict[str, list[Instance]]:
+        return {task.name: task.read(self.data, limit=self.limit) for task in self._tasks}
+
+    @property
+    def _tasks(self) -> list[Task]:
+        return [TASKS[name] for name in self.tasks]
+
+    def samples(self, seed: int) -> list[Sample]:
+        """The samples that a seed draws, in the order of the draw."""
+        order = np.random.default_rng(seed).permutation(len(self.pool))
+        return [self.pool[i] for i in order[: self.num_samples]]
+
+    def checkpoint(self, weights: Weights | None, log: Log = print) -> Path:
+        """The folder of the weights, made if it is not there.
+
+        Raises:
+          Busy: another process is making it.
+        """
+        if weights is None:
+            return self.source
+        place = self.out / "checkpoints" / weights.name
+        if place.exists():
+            return place
+        with self._alone(weights.name):
+            if not place.exists():
+                place.parent.mkdir(parents=True, exist_ok=True)
+                begun = time.monotonic()
+                self._make(weights, place)
+                log(f"{weights.name}: calibrated in {time.monotonic() - begun:.0f} s")
+        return place
+
+    def _make(self, weights: Weights, place: Path) -> None:
+        method, quantization = weights.method, weights.quantization
+        samples = self.samples(weights.seed)
+        options: Any = DATA_METHODS[method]() if method in DATA_METHODS else None
+        if method == "flatquant":
+            changes = {} if self.steps is None else {"steps": self.steps}
+            options = dataclasses.replace(options, seed=weights.seed, **changes)
+        if weights.variant is not None:
+            assert weights.keep is not None
+            plan = PipelineOptions(keep=weights.keep, quantization=quantization, options=options)
+            build_variant(weights.variant, self.source, place, plan, samples=samples)
+            return
+        calibrate(
+            self.source,
+            place,
+            quantization,
+            samples=samples if method in DATA_METHODS else (),
+            options=options,
+        )
+
+    def sensitivities(self, weights: Weights) -> Sensitivities:
+        """S_l of calibrated weights on all tokens, measured once on the samples of their seed.
+
+        Raises:
+          Busy: another process is measuring them.
+        """
+        file = self.out / "sensitivities" / f"{weights.name}.json"
+        if not file.exists():
+            quantized = open_checkpoint(self.checkpoint(weights))
+            with self._alone(f"sensitivities_{weights.name}"):
+                if not file.exists():
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    measure_sensitivities(
+                        quantized,
+                        self.reference,
+                        self.samples(weights.seed),
+                        file.with_suffix(".journal"),
+                        options=SensitivityOptions(dtype="float32"),
+                    ).write(file)
+        return Sensitivities.read(file)
+
+    def recipe(self, row: Row) -> Recipe | None:
+        """The recipe of a row; None is the checkpoint's own."""
+        if not isinstance(row.recipe, Derived):
+            return row.recipe
+        if row.weights is None:
+            raise QuotaError(f"row {row.label!r}: full precision has no sensitivities")
+        quantization = row.weights.quantization
+        chosen = selector(quantization, residual=True)
+        if row.recipe.weights is not None:
+            chosen = Selector(name="quota", weights=row.recipe.weights)
+        options = PipelineOptions(keep=row.recipe.keep, quantization=quantization)
+        measured = self.sensitivities(row.weights)
+        return derived_recipe(self.reference.config, options, chosen, measured)[0]
+
+    def run(self, rows: Sequence[Row], log: Log = print, *, until: float | None = None) -> bool:
+        """Runs what is missing; False where time was up before all of it was there.
+
+        Work that other processes hold is waited for at the end. ``until``: on `time.monotonic`,
+        after which no other run is begun. A row that fails does not keep others from being run.
+
+        Raises:
+          QuotaError: rows failed; the first one's reason, after all others were run.
+        """
+        waiting = [row for row in rows if not self._complete(row)]
+        failed: list[str] = []
+        while waiting:
+            left = []
+            for row in waiting:
+                if until is not None and time.monotonic() >= until:
+                    return False
+                try:
+                    self._evaluate(row, log)
+                except Busy:
+                    left.append(row)
+                except Exception as error:
+                    failed.append(f"{row.label}: {type(error).__name__}: {error}")
+                    log(f"failed: {failed[-1][:2000]}")
+            if left and len(left) == len(waiting):
+                time.sleep(0.5)
+            waiting = [row for row in left if not self._complete(row)]
+        if failed:
+            raise QuotaError(f"{len(failed)} rows failed, first {failed[0][:500]}")
+        return True
+
+    def _folder(self, row: Row) -> Path:
+        return self.out / "runs" / row.run_name
+
+    def _complete(self, row: Row) -> bool:
+        return (self._folder(row) / PREDICTIONS).exists()
+
+    def _evaluate(self, row: Row, log: Log) -> None:
+        with self._alone(f"run_{row.run_name}"):
+            if self._complete(row):
+                return
+            _, times = Evaluation(
+                checkpoint=self.checkpoint(row.weights, log),
+                tasks=self._tasks,
+                data=self.data,
+                out=self._folder(row),
+                recipe=self.recipe(row),
+                limit=self.limit,
+                batch_size=self.batch_size,
+                workers=self.workers,
+                max_new_tokens=self.max_new_tokens,
+                text_buckets=None if self.text_bucket is None else (self.text_bucket,),
+                questions=self.questions,
+            ).run()
+            log(
+                f"{row.label} ({row.run_name}): {times.samples} questions in "
+                f"{times.answering:.1f} s, {times.compile:.0f} s of compilation"
+            )
+
+    def summary(self, row: Row, baseline: Row | None) -> Summary:
+        """Scores of a finished run, against those of another one."""
+
+        def scores(one: Row) -> dict[str, Any]:
+            answers = read_answers(self._folder(one), self.questions)
+            return {
+                task.name: task.score(self.questions[task.name], answers[task.name])
+                for task in self._tasks
+            }
+
+        counts = {name: len(part) for name, part in self.questions.items()}
+        if baseline is None:
+            return summarize(row.label, scores(row), counts)
+        return summarize(row.label, scores(row), counts, scores(baseline), baseline.label)
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """Holds a lock that ends with the process."""
+        folder = self.out / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f"{name}.lock", "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Busy(name) from None
+            yield

@@ -1,0 +1,336 @@
+"""The rows of each table.
+
+Where the paper quotes peers from their papers, the rows here run them in this stack. The paper's
+figures stand beside ours in columns of their own (`paper`): they belong to another model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from quota_jax.config import ModelConfig
+from quota_jax.errors import QuotaError
+from quota_jax.pipeline import PipelineOptions, candidates, equal_recipe, selector
+from quota_jax.prune.presets import AT_EXIT, Protocol, llm_flops_ratio, peer_recipe
+from quota_jax.prune.weights import QuotaWeights
+from quota_jax.quantization import MODULES, QuantizationConfig
+from quota_jax.recipe import Recipe
+from quota_jax.reproduce.study import Derived, Row, Weights
+
+FULL = Row(label="full precision")
+LOW_BIT = ("W4A4KV4", "W4A8KV4")
+RATIOS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+KEEP = 0.3
+"""The paper's final keep ratio."""
+PEERS = (
+    "fastv", "pyramid_drop", "vtw", "div_prune", "mmtok", "visionzip", "qapruner", "sqap",
+    "text_attention", "random", "stride",
+)  # fmt: skip
+"""Published selectors, QUOTA's text attention alone, and the controls."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What tables are made for: a model, and seeds of the calibration. visual_tokens: of a picture,
+    where costs are compared; None is the model's reference picture."""
+
+    config: ModelConfig
+    seeds: tuple[int, ...] = (0,)
+    visual_tokens: int | None = None
+
+    @property
+    def protocol(self) -> Protocol:
+        """How costs are counted."""
+        return Protocol(visual_tokens=self.visual_tokens)
+
+    def facts(self, recipe: Recipe, name: str = "") -> tuple[tuple[str, str], ...]:
+        """LLM FLOPs of a recipe over those of the unpruned model, by the paper's count; FastV and
+        SQAP prune at the end of a layer that is paid in full."""
+        counted = "exit" if name in AT_EXIT else "entry"
+        ratio = llm_flops_ratio(self.config, recipe, counted=counted, protocol=self.protocol)
+        return (("LLM FLOPs", f"{100 * ratio:.1f} %"),)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Table:
+    """title, rows, and the row that all are compared with."""
+
+    name: str
+    title: str
+    rows: tuple[Row, ...]
+    baseline: Row = FULL
+
+
+def flatquant(bits: str, seed: int = 0, **more) -> Weights:
+    return Weights(method="flatquant", bits=bits, seed=seed, **more)
+
+
+def equal(config: ModelConfig, keep: float, bits: str | None = None) -> Recipe:
+    """Equal drops, scored without the residual: what stage-wise variants do."""
+    chosen = selector(
+        QuantizationConfig.parse(bits) if bits else QuantizationConfig.none, residual=False
+    )
+    return equal_recipe(config, PipelineOptions(keep=keep), chosen)
+
+
+def scores(plan: Plan) -> Table:
+    """The model itself."""
+    return Table(name="scores", title=f"Full precision ({plan.config.model_type})", rows=(FULL,))
+
+
+def keep_table(plan: Plan) -> Table:
+    """How much the benchmarks notice lost tokens: random and evenly spaced ones, at the decoder's
+    input, in full precision."""
+    rows = [FULL]
+    for name in ("random", "stride"):
+        for keep in RATIOS:
+            recipe = peer_recipe(name, plan.config, keep=keep)
+            rows.append(Row(label=f"{name} {100 * keep:g} %", recipe=recipe))
+    return Table(
+        name="keep",
+        title="Random and evenly spaced visual tokens kept at the decoder's input",
+        rows=tuple(rows),
+    )
+
+
+def methods(plan: Plan) -> Table:
+    """Quantizers side by side, unpruned."""
+    rows = [FULL]
+    for seed in plan.seeds:
+        given = [("rtn", "W8A8KV8")]
+        given += [
+            (method, bits)
+            for bits in ("W4A8KV4", "W4A4KV4")
+            for method in ("rtn", "smoothquant", "gptq", "flatquant", "flatquant+gptq")
+        ]
+        given += [("rtn", "W4A16G128"), ("awq", "W4A16G128"), ("gptq", "W4A16G128")]
+        for method, bits in given:
+            if seed and method == "rtn":
+                continue
+            modules = ("projector", "decoder") if method == "awq" else MODULES
+            weights = Weights(method=method, bits=bits, seed=seed, modules=modules)
+            rows.append(Row(label=_label(f"{method} {bits}", seed, plan), weights=weights))
+    return Table(name="methods", title="Quantizers, all tokens kept", rows=tuple(rows))
+
+
+def table1(plan: Plan) -> Table:
+    """Which modules are quantized (Table 1)."""
+    parts = (("decoder",), ("vision", "decoder"), ("vision", "projector", "decoder"))
+    rows = [FULL]
+    for seed in plan.seeds:
+        for bits in LOW_BIT:
+            for modules in parts:
+                names = " & ".join({"decoder": "LLM"}.get(m, m) for m in modules)
+                weights = flatquant(bits, seed, modules=modules)
+                rows.append(Row(label=_label(f"{bits} {names}", seed, plan), weights=weights))
+    return Table(name="table1", title="Quantized modules (Table 1)", rows=tuple(rows))
+
+
+def table2(plan: Plan) -> Table:
+    """The final keep ratio of QUOTA (Table 2)."""
+    rows = [FULL]
+    for seed in plan.seeds:
+        for bits in LOW_BIT:
+            rows += [
+                Row(
+                    label=_label(f"{bits} {100 * keep:g} %", seed, plan),
+                    weights=flatquant(bits, seed),
+                    recipe=Derived(keep=keep),
+                )
+                for keep in RATIOS
+            ]
+    return Table(name="table2", title="QUOTA's final keep ratio (Table 2)", rows=tuple(rows))
+
+
+def table3(plan: Plan) -> Table:
+    """Stage-wise variants, collaborative and co-calibrated (Table 3)."""
+    config = plan.config
+    rows = [FULL]
+    for keep in (KEEP, 0.1):
+        share = f"{100 * keep:g} %"
+        rows.append(Row(label=f"prune-only {share}", recipe=equal(config, keep)))
+    for bits in LOW_BIT:
+        for seed in plan.seeds:
+            plain = flatquant(bits, seed)
+            rows.append(Row(label=_label(f"{bits} quant-only", seed, plan), weights=plain))
+            for keep in (KEEP, 0.1):
+                rows += _joint(config, bits, seed, keep, plan)
+    return Table(name="table3", title="Stage-wise and joint variants (Table 3)", rows=tuple(rows))
+
+
+def _joint(config: ModelConfig, bits: str, seed: int, keep: float, plan: Plan) -> list[Row]:
+    """The variants that prune and quantize, and what separates QUOTA's parts from each other."""
+    plain, share = flatquant(bits, seed), f"{100 * keep:g} %"
+    pruned = flatquant(bits, seed, variant="prune-then-quantize", keep=keep)
+    deployed = flatquant(bits, seed, variant="co-calibrated", keep=keep)
+    with_residual = equal_recipe(
+        config,
+        PipelineOptions(keep=keep),
+        selector(QuantizationConfig.parse(bits), residual=True),
+    )
+    without_residual = selector(QuantizationConfig.parse(bits), residual=False).weights
+
+    def row(name: str, weights: Weights, recipe: Recipe | Derived | None) -> Row:
+        label = _label(f"{bits} {name} {share}", seed, plan)
+        return Row(label=label, weights=weights, recipe=recipe)
+
+    return [
+        row("quantize-then-prune", plain, equal(config, keep, bits)),
+        row("  + schedule only", plain, Derived(keep=keep, weights=without_residual)),
+        row("  + residual only", plain, with_residual),
+        row("prune-then-quantize", pruned, None),
+        row("collaborative", plain, Derived(keep=keep)),
+        row("co-calibrated", deployed, None),
+    ]
+
+
+def table4(plan: Plan) -> Table:
+    """Pruners at their published cost, weight-only quantizers, and QUOTA (Tables 4 and 6)."""
+    config = plan.config
+    published = _published_costs(config)
+    rows = [FULL]
+    for name, ratio in published.items():
+        recipe = peer_recipe(name, config, target_flops_ratio=ratio, protocol=plan.protocol)
+        rows.append(Row(label=name, recipe=recipe, facts=plan.facts(recipe, name)))
+    for seed in plan.seeds:
+        for method in ("gptq", "awq"):
+            modules = ("projector", "decoder")
+            weights = Weights(method=method, bits="W4A16G128", modules=modules, seed=seed)
+            facts = (("LLM FLOPs", "100.0 %"),)
+            label = _label(f"{method} W4A16 group 128", seed, plan)
+            rows.append(Row(label=label, weights=weights, facts=facts))
+        for bits in LOW_BIT:
+            shown = equal(config, KEEP, bits)
+            rows.append(
+                Row(
+                    label=_label(f"QUOTA {bits} 30 %", seed, plan),
+                    weights=flatquant(bits, seed),
+                    recipe=Derived(keep=KEEP),
+                    facts=plan.facts(shown),
+                )
+            )
+    return Table(
+        name="table6" if config.model_type == "qwen2_5_vl" else "table4",
+        title="Pruners, quantizers and QUOTA (Tables 4 and 6)",
+        rows=tuple(rows),
+    )
+
+
+def _published_costs(config: ModelConfig) -> dict[str, float]:
+    """LLM FLOPs at which the paper quotes the pruners (Tables 4 and 6)."""
+    if config.model_type == "llava":
+        return {"vtw": 0.4732, "pyramid_drop": 0.3403, "fastv": 0.4320, "div_prune": 0.2173}
+    return {"vtw": 0.4343, "pyramid_drop": 0.3303, "fastv": 0.3266, "div_prune": 0.2445}
+
+
+def table5(plan: Plan) -> Table:
+    """Weights of the score: one left out, and perturbed (Table 5)."""
+    default = QuotaWeights()
+    given = {
+        "default": default,
+        **{f"without {m}": default.without(m) for m in ("inter", "magnitude", "intra", "residual")},
+        "35/35/20/10": QuotaWeights(inter=0.35, magnitude=0.35, intra=0.20, residual=0.10),
+        "35/25/10/30": QuotaWeights(inter=0.35, magnitude=0.25, intra=0.10, residual=0.30),
+        "55/25/10/10": QuotaWeights(inter=0.55, magnitude=0.25, intra=0.10, residual=0.10),
+        "55/15/0/30": QuotaWeights(inter=0.55, magnitude=0.15, intra=0.0, residual=0.30),
+    }
+    rows = [FULL]
+    for bits in LOW_BIT:
+        for seed in plan.seeds:
+            rows += [
+                Row(
+                    label=_label(f"{bits} {name}", seed, plan),
+                    weights=flatquant(bits, seed),
+                    recipe=Derived(keep=KEEP, weights=weights),
+                )
+                for name, weights in given.items()
+            ]
+    return Table(
+        name="table5",
+        title="Weights of the score, inter / magnitude / intra / residual (Table 5)",
+        rows=tuple(rows),
+    )
+
+
+def peers(plan: Plan) -> Table:
+    """Selectors at equal LLM FLOPs, in full precision and in 4 bits."""
+    config, rows = plan.config, [FULL]
+    seed = plan.seeds[0]
+    low = flatquant("W4A8KV4", seed)
+    rows.append(Row(label="W4A8KV4", weights=low))
+    for keep in RATIOS:
+        whole = equal(config, keep)
+        ratio = llm_flops_ratio(config, whole, protocol=plan.protocol)
+        facts = plan.facts(whole)
+        share = f"{100 * keep:g} %"
+        rows += [
+            Row(label=f"quota {share}", recipe=whole, facts=facts),
+            Row(
+                label=f"W4A8KV4 quota {share}",
+                weights=low,
+                recipe=Derived(keep=keep),
+                facts=facts,
+            ),
+        ]
+        for name in PEERS:
+            try:
+                layers = candidates(config) if name == "text_attention" else None
+                recipe = peer_recipe(
+                    name,
+                    config,
+                    target_flops_ratio=ratio,
+                    layers=layers,
+                    protocol=plan.protocol,
+                )
+            except QuotaError:
+                continue  # cannot be had at this cost, or not on this model
+            facts = plan.facts(recipe, name)
+            rows += [
+                Row(label=f"{name} {share}", recipe=recipe, facts=facts),
+                Row(label=f"W4A8KV4 {name} {share}", weights=low, recipe=recipe, facts=facts),
+            ]
+    return Table(
+        name="peers", title="Selectors at the LLM FLOPs of QUOTA's recipe", rows=tuple(rows)
+    )
+
+
+TABLES: dict[str, Callable[[Plan], Table]] = {
+    "scores": scores,
+    "keep": keep_table,
+    "methods": methods,
+    "peers": peers,
+    "table1": table1,
+    "table2": table2,
+    "table3": table3,
+    "table4": table4,
+    "table5": table5,
+}
+
+
+def make_table(name: str, plan: Plan) -> Table:
+    """A table by name; "table6" is Table 4 for Qwen2.5-VL.
+
+    Raises:
+      QuotaError: unknown name, or a table of the other model family.
+    """
+    if name in ("table4", "table6"):
+        table = table4(plan)
+        if table.name != name:
+            raise QuotaError(
+                f"{name} belongs to the other model family: for {plan.config.model_type} it is "
+                f"{table.name}"
+            )
+        return table
+    if name not in TABLES:
+        raise QuotaError(f"no table {name!r}; known: {', '.join((*TABLES, 'table6'))}")
+    return TABLES[name](plan)
+
+
+def all_tables(plan: Plan) -> Sequence[Table]:
+    """Every table of the model."""
+    return [make(plan) for make in TABLES.values()]
+
+
+def _label(text: str, seed: int, plan: Plan) -> str:
+    return text if len(plan.seeds) == 1 else f"{text} (seed {seed})"

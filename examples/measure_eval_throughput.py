@@ -23,21 +23,21 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
-import numpy as np  # noqa: E402
-from PIL import Image  # noqa: E402
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
 
-from quota_jax.bench import random_model  # noqa: E402
-from quota_jax.config import PRESETS, config_from_hf  # noqa: E402
-from quota_jax.evaluate.engine import Engine  # noqa: E402
-from quota_jax.evaluate.parallel import local_mesh  # noqa: E402
-from quota_jax.evaluate.schedule import Request, encode  # noqa: E402
-from quota_jax.evaluate.throughput import measure_throughput  # noqa: E402
-from quota_jax.processing import Processor  # noqa: E402
-from quota_jax.quantization import QuantizationConfig  # noqa: E402
-from quota_jax.recipe import Recipe  # noqa: E402
-from quota_jax.testbed import small_llava_path  # noqa: E402
+from quota_jax.bench import random_model
+from quota_jax.config import PRESETS, config_from_hf
+from quota_jax.evaluate.engine import Engine
+from quota_jax.evaluate.parallel import local_mesh
+from quota_jax.evaluate.schedule import Request, encode
+from quota_jax.evaluate.throughput import measure_throughput
+from quota_jax.processing import Processor
+from quota_jax.quantization import QuantizationConfig
+from quota_jax.recipe import Recipe
+from quota_jax.testbed import small_llava_path
 
 QUESTION = "Is there a red car left of the blue house?"
 

@@ -144,7 +144,14 @@ def test_inspect_names_the_kernels(output) -> None:
     rows = [line.split() for line in text.splitlines()[3:]]
     assert {(row[0], row[-1]) for row in rows} == {
         (operation, "xla")
-        for operation in ("int4_matmul", "kv4_attention", "sequence_attention", "attention_mass")
+        for operation in (
+            "int4_matmul",
+            "transform_quantize",
+            "kv4_append",
+            "kv4_attention",
+            "sequence_attention",
+            "attention_mass",
+        )
     }
 
 

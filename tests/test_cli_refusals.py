@@ -85,7 +85,7 @@ CASES = [
     ("calibrate w4 --out x", "already quantized"),
     ("calibrate full --out w4", "w4"),
     ("calibrate full --out x --bits W4", "'W4'"),
-    ("calibrate full --out x --bits W3A4", "got 3"),
+    ("calibrate full --out x --bits W5A4", "got 5"),
     ("calibrate full --out x --bits W16A16", "quantizes nothing"),
     ("calibrate full --out x --method magic", "'magic'"),
     ("calibrate full --out x --modules head", "'head'"),

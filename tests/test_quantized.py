@@ -99,8 +99,8 @@ def test_calibrate_refuses_what_makes_no_sense(full, tmp_path):
         calibrate(tmp_path / "q", tmp_path / "b", QuantizationConfig.parse("W4A4"))
     with pytest.raises(QuotaError, match="do not read like"):
         QuantizationConfig.parse("4bit")
-    with pytest.raises(QuotaError, match="must be 4, 8 or 16, got 3"):
-        QuantizationConfig.parse("W3A16")
+    with pytest.raises(QuotaError, match="must be 2, 3, 4, 8 or 16, got 5"):
+        QuantizationConfig.parse("W5A16")
 
 
 @pytest.mark.parametrize("recipe", [None, RECIPE], ids=["full", "pruned"])

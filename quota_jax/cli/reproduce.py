@@ -12,6 +12,7 @@ from quota_jax.errors import QuotaError
 
 if TYPE_CHECKING:
     from quota_jax.reproduce.study import Study
+    from quota_jax.reproduce.tables import Table
 
 FIGURES = {"fig3": "llava", "fig5": "qwen2_5_vl"}
 POOL = 384
@@ -150,7 +151,7 @@ class Reproduce:
         if any([worker.wait() for worker in workers]):
             raise QuotaError("a process of the study failed; its message is above")
 
-    def _write(self, study: Study, table) -> tuple[Path, Path]:
+    def _write(self, study: Study, table: Table) -> tuple[Path, ...]:
         import jax
 
         from quota_jax import __version__

@@ -40,6 +40,20 @@ def _entry(row: Row, summary: Summary) -> dict[str, Any]:
     }
 
 
+def for_card(
+    table: Table, entries: Sequence[Mapping[str, Any]], provenance: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The scores as a table of a model card (`testbed.learning.card`)."""
+    told = ", ".join(f"{name} {value}" for name, value in provenance.items())
+    counts = ", ".join(f"{name} {count}" for name, count in entries[0]["questions"].items())
+    return {
+        "title": table.title,
+        "text": f"Headline of each benchmark (MME: points). Questions: {counts}. {told}.",
+        "columns": list(entries[0]["scores"]),
+        "rows": {entry["label"]: entry["scores"] for entry in entries},
+    }
+
+
 def write_table(
     study: Study,
     table: Table,
@@ -47,8 +61,8 @@ def write_table(
     *,
     provenance: Mapping[str, Any],
     paper: Sequence[str] = (),
-) -> tuple[Path, Path]:
-    """Writes NAME.json and NAME.md into ``folder``.
+) -> tuple[Path, ...]:
+    """Writes NAME.json and NAME.md into ``folder``, and NAME.card.json for a model card.
 
     provenance: command, machine, versions: stored, and told under the table. paper: Markdown lines
     with the paper's own figures.
@@ -56,9 +70,11 @@ def write_table(
     entries = collect(study, table)
     content = {"table": table.name, "title": table.title, **provenance, "rows": entries}
     folder.mkdir(parents=True, exist_ok=True)
-    files = folder / f"{table.name}.json", folder / f"{table.name}.md"
+    files = tuple(folder / f"{table.name}.{ending}" for ending in ("json", "md", "card.json"))
     write_file(files[0], encode_json(content, str(files[0])))
     write_file(files[1], markdown(table, entries, provenance, paper).encode())
+    card = for_card(table, entries, provenance)
+    write_file(files[2], encode_json(card, str(files[2])))
     return files
 
 

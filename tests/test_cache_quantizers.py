@@ -161,6 +161,7 @@ def slow_heads(query, group: CacheGroup, row, layer, key_range, angle, groups):
     return np.stack(out)
 
 
+@pytest.mark.slow
 def test_a_cache_of_unrotated_keys_against_slow_numpy(vlm, source, tmp_path):
     """Codes of prefill and of a decoded token, and attention over them, in a pruned group."""
     found = channel_vlm(vlm, source, tmp_path)

@@ -92,6 +92,7 @@ def test_dropped_tokens_fade_and_kept_ones_stay() -> None:
     assert saturation.max() < 60
 
 
+@pytest.mark.slow
 def test_demo_learns_from_drawn_pictures(tmp_path: Path, capsys) -> None:
     out = tmp_path / "out"
     small = ["--pictures", "1", "--samples", "2", "--steps", "2"]

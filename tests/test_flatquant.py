@@ -313,8 +313,11 @@ def test_before_folding_equals_after_folding(family):
 
 @pytest.mark.parametrize(
     ("family", "label"),
-    [("llava", label) for label in ("W4A4KV4", "W4A8KV4", "W8A8KV8", "W4A16KV16")]
-    + [("qwen", "W4A4KV4")],
+    [("llava", "W4A4KV4"), ("qwen", "W4A4KV4")]
+    + [
+        pytest.param("llava", label, marks=pytest.mark.slow)
+        for label in ("W4A8KV4", "W8A8KV8", "W4A16KV16")
+    ],
     indirect=["family"],
 )
 def test_simulated_equals_packed_bit_for_bit(family, label):

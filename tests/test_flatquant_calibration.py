@@ -141,6 +141,7 @@ def block_errors(source: Path, quantized: Path, samples: list[Sample]) -> dict[s
     return errors
 
 
+@pytest.mark.slow
 def test_outliers_break_rounding_but_not_flatquant(checkpoints, tmp_path):
     """Everything but LLaVA's vision tower, which the slow test has."""
     original, outliers = checkpoints

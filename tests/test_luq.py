@@ -118,7 +118,8 @@ def largest_code(checkpoint: Checkpoint, block: str) -> tuple[int, int]:
     return min(int(c.min()) for c in codes), max(int(c.max()) for c in codes)
 
 
-@pytest.mark.parametrize("family", ["llava", pytest.param("qwen", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llava", "qwen"])
 def test_a_model_end_to_end_and_a_killed_run(family, tmp_path, capsys) -> None:
     """LLaVA weight-only by the command, with zero points; Qwen with 4-bit activations."""
     write = write_tiny_llava if family == "llava" else write_tiny_qwen

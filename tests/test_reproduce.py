@@ -123,7 +123,9 @@ def test_tables_have_rows_of_their_own(family):
     collaborative = joint["W4A4KV4 collaborative 30 %"]
     assert collaborative.recipe == Derived(keep=KEEP)
     assert joint["W4A4KV4 quant-only"].weights == collaborative.weights
-    assert joint["W4A4KV4 co-calibrated 10 %"].weights.keep == 0.1
+    deployed = joint["W4A4KV4 co-calibrated 10 %"].weights
+    assert deployed is not None
+    assert (deployed.variant, deployed.keep) == ("co-calibrated", 0.1)
 
 
 def test_samples_of_a_seed_are_drawn_once(study):

@@ -23,8 +23,8 @@ from quota_jax.pipeline import (
 )
 from quota_jax.processing import Processor
 from quota_jax.prune.sensitivity import layer_errors
-from quota_jax.quant.calibrate_flatquant import FlatQuantOptions
 from quota_jax.quant.calibration_data import Sample, make_batches
+from quota_jax.quant.gptq import GptqOptions
 from quota_jax.quant.streaming import check_graph, write_blocks
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe, Selector, Stage
@@ -163,8 +163,12 @@ def test_sensitivities_of_a_pruned_execution(source, tmp_path):
 @pytest.mark.slow
 def test_variants_store_their_recipes(source, tmp_path):
     """What each variant calibrates on, how its drops are spread and what it scores by."""
-    steps = FlatQuantOptions(steps=2, batch_size=2)
-    options = PipelineOptions(keep=0.25, options=steps, layers=(0, 1))
+    options = PipelineOptions(
+        keep=0.25,
+        quantization=QuantizationConfig.parse("W4A4KV4", method="gptq"),
+        options=GptqOptions(batch_size=2),
+        layers=(0, 1),
+    )
     config = open_checkpoint(source).config
     built = {}
     for name, variant in VARIANTS.items():

@@ -16,7 +16,8 @@ from pallas_kernels.transform_quantize.reference import (
 
 IMPLEMENTATIONS = ("pallas_triton", "xla")
 MEASURED = False
-"""Whether "auto" may take the kernel. It has not been timed on a GPU yet."""
+"""Whether "auto" may take the kernel. It agreed with the reference and was timed alone on a GPU,
+but not inside a model, beside what XLA makes of the same operations."""
 
 
 def transform_quantize(

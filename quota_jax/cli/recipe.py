@@ -21,9 +21,6 @@ if TYPE_CHECKING:
     from quota_jax.prune.sensitivity import Sensitivities
     from quota_jax.recipe import Recipe
 
-DEFAULT_LAYERS = {"llava": range(2, 7), "qwen2_5_vl": range(7, 12)}
-"""Candidate layers of the paper (0-based) for each model family."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class ShowRecipe(DeriveOptions, SelectionOptions):
@@ -324,8 +321,10 @@ class ShowRecipe(DeriveOptions, SelectionOptions):
 
 def default_layers(config: ModelConfig) -> tuple[int, ...]:
     """The paper's candidate layers, as far as the decoder has them."""
+    from quota_jax.prune.presets import CANDIDATES
+
     depth = config.text.num_layers
-    layers = tuple(layer for layer in DEFAULT_LAYERS[config.model_type] if layer < depth)
+    layers = tuple(layer for layer in CANDIDATES[config.model_type] if layer < depth)
     if not layers:
         raise QuotaError(f"the decoder has only {depth} layers: name some with --layers")
     return layers

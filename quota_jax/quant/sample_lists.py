@@ -10,7 +10,8 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,36 @@ def check_free(out: Path) -> None:
             raise QuotaError(f"{path} exists already")
 
 
+@contextmanager
+def new_list(out: Path) -> Iterator[tuple[Path, str, list[dict[str, Any]]]]:
+    """A list of samples to be filled: a folder for the pictures, the name that it will have beside
+    the list, and the list's entries.
+
+    At the end of the block the folder gets its name, if there is a picture in it, and the list is
+    written last; after an error neither is there.
+
+    Raises:
+      QuotaError: something is in the way, or a file cannot be written.
+    """
+    check_free(out)
+    folder = pictures_folder(out)
+    partial = folder.with_name(f"{folder.name}.partial")
+    entries: list[dict[str, Any]] = []
+    try:
+        remove(partial)
+        partial.mkdir(parents=True)
+        yield partial, folder.name, entries
+        if any(partial.iterdir()):
+            sync_tree(partial)
+            partial.rename(folder)
+            sync_path(folder.parent)
+        write_file(out, encode_json(entries, str(out)))
+    except OSError as error:
+        raise QuotaError(f"{error.filename or out}: {error.strerror or error}") from None
+    finally:
+        remove(partial)
+
+
 def write_samples(
     drafts: Sequence[Draft],
     out: Path,
@@ -134,35 +165,20 @@ def write_samples(
     Raises:
       QuotaError: something is in the way, or a picture cannot be decoded.
     """
-    check_free(out)
-    folder = pictures_folder(out)
-    partial = folder.with_name(f"{folder.name}.partial")
     names: dict[Path, str] = {}
-    entries = []
-    try:
-        remove(partial)
-        partial.mkdir(parents=True)
+    with new_list(out) as (folder, stem, entries):
         for place, draft in enumerate(drafts):
             entry: dict[str, Any] = {"source": draft.origin}
             if draft.picture is not None:
                 if draft.picture not in names:
                     name = f"{place:04d}{draft.picture.suffix.lower()}"
-                    _copy(draft, draft.picture, partial / name)
+                    _copy(draft, draft.picture, folder / name)
                     names[draft.picture] = name
-                entry["image"] = f"{folder.name}/{names[draft.picture]}"
+                entry["image"] = f"{stem}/{names[draft.picture]}"
             entry |= {"turns": list(draft.turns)} if draft.turns else {"text": draft.text}
             entries.append(entry)
             if progress:
                 progress(1)
-        if names:
-            sync_tree(partial)
-            partial.rename(folder)
-            sync_path(folder.parent)
-        write_file(out, encode_json(entries, str(out)))
-    except OSError as error:
-        raise QuotaError(f"{error.filename or out}: {error.strerror or error}") from None
-    finally:
-        remove(partial)
 
 
 def _copy(draft: Draft, source: Path, target: Path) -> None:

@@ -69,6 +69,7 @@ def write_table(
     """
     entries = collect(study, table)
     content = {"table": table.name, "title": table.title, **provenance, "rows": entries}
+    content["left out"] = list(table.notes)
     folder.mkdir(parents=True, exist_ok=True)
     files = tuple(folder / f"{table.name}.{ending}" for ending in ("json", "md", "card.json"))
     write_file(files[0], encode_json(content, str(files[0])))
@@ -109,6 +110,7 @@ def markdown(
         f"over questions. Questions: {counts}.",
         "",
         *(f"- {name}: {value}" for name, value in provenance.items()),
+        *(f"- left out: {note}" for note in table.notes),
         *(["", *paper] if paper else []),
         "",
     ]

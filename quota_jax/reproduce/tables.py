@@ -54,12 +54,14 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """title, rows, and the row that all are compared with."""
+    """title, rows, and the row that all are compared with. notes: what the rows leave out, and
+    why."""
 
     name: str
     title: str
     rows: tuple[Row, ...]
     baseline: Row = FULL
+    notes: tuple[str, ...] = ()
 
 
 def flatquant(bits: str, seed: int = 0, **more) -> Weights:
@@ -256,6 +258,7 @@ def table5(plan: Plan) -> Table:
 def peers(plan: Plan) -> Table:
     """Selectors at equal LLM FLOPs, in full precision and in 4 bits."""
     config, rows = plan.config, [FULL]
+    notes: list[str] = []
     seed = plan.seeds[0]
     low = flatquant("W4A8KV4", seed)
     rows.append(Row(label="W4A8KV4", weights=low))
@@ -283,15 +286,19 @@ def peers(plan: Plan) -> Table:
                     layers=layers,
                     protocol=plan.protocol,
                 )
-            except QuotaError:
-                continue  # cannot be had at this cost, or not on this model
+            except QuotaError as error:  # not to be had at this cost, or on this model
+                notes.append(f"{name} {share}: {error}")
+                continue
             facts = plan.facts(recipe, name)
             rows += [
                 Row(label=f"{name} {share}", recipe=recipe, facts=facts),
                 Row(label=f"W4A8KV4 {name} {share}", weights=low, recipe=recipe, facts=facts),
             ]
     return Table(
-        name="peers", title="Selectors at the LLM FLOPs of QUOTA's recipe", rows=tuple(rows)
+        name="peers",
+        title="Selectors at the LLM FLOPs of QUOTA's recipe",
+        rows=tuple(rows),
+        notes=tuple(notes),
     )
 
 

@@ -191,40 +191,25 @@ def write_samples(
     """
     from PIL import Image
 
-    from quota_jax.checkpoint.format import encode_json, remove, sync_path, sync_tree, write_file
-    from quota_jax.quant.sample_lists import check_free, pictures_folder
+    from quota_jax.quant.sample_lists import new_list
 
     out = Path(out)
     drawn = draw_samples(count, seed=seed, family=family, questions=questions)
     if out.suffix != ".json":
         raise QuotaError(f"{out}: the list's name must end in .json")
-    check_free(out)
-    folder = pictures_folder(out)
-    partial = folder.with_name(f"{folder.name}.partial")
-    entries = []
-    try:
-        remove(partial)
-        partial.mkdir(parents=True)
+    with new_list(out) as (folder, stem, entries):
         for sample in drawn:
             name = f"{sample.index:05d}.png"
-            Image.fromarray(sample.pixels).save(partial / name)
+            Image.fromarray(sample.pixels).save(folder / name)
             entries.append(
                 {
                     "source": f"drawn scene {seed}/{sample.index}",
-                    "image": f"{folder.name}/{name}",
+                    "image": f"{stem}/{name}",
                     "turns": list(sample.turns),
                 }
             )
             if progress:
                 progress(1)
-        sync_tree(partial)
-        partial.rename(folder)
-        sync_path(folder.parent)
-        write_file(out, encode_json(entries, str(out)))
-    except OSError as error:
-        raise QuotaError(f"{error.filename or out}: {error.strerror or error}") from None
-    finally:
-        remove(partial)
     return out
 
 

@@ -29,7 +29,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from quota_jax.checkpoint import open_checkpoint, set_recipe
+from quota_jax.checkpoint import Checkpoint, open_checkpoint, set_recipe
 from quota_jax.config import ModelConfig
 from quota_jax.errors import QuotaError
 from quota_jax.prune.allocator import Allocation, allocate, quota_recipe
@@ -40,9 +40,10 @@ from quota_jax.prune.sensitivity import (
     measure_sensitivities,
 )
 from quota_jax.quant.calibrate import DATA_METHODS, Options, Report, calibrate
-from quota_jax.quant.calibration_data import Sample
+from quota_jax.quant.calibration_data import Sample, digest
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe, Selector
+from quota_jax.unfinished import unfinished
 
 Graph = Literal["none", "whole", "pruned", "deployed"]
 Schedule = Literal["none", "equal", "sensitivity"]
@@ -152,25 +153,90 @@ def build_variant(
     progress: Callable[[str, int, int], None] | None = None,
     report: Report | None = None,
 ) -> Path:
-    """Makes the checkpoint of a variant; a killed call goes on where it was.
+    """Makes the checkpoint of a variant, with its recipe and how that was derived.
 
-    ``source`` is the full-precision checkpoint. The recipe is stored in ``out``, with how it was
-    derived. A finished ``out`` is refused, as by ``calibrate``.
+    ``source`` is the full-precision checkpoint; its own recipe does not matter. Variants that
+    change no weight are copies of it. ``out`` appears when all is done: a killed call leaves
+    ``OUT.unfinished``, and the same call goes on there.
 
     Raises:
-      QuotaError: unknown variant, or anything that ``calibrate`` refuses.
+      QuotaError: unknown variant; a variant that the method cannot make, or that needs samples;
+        ``out`` exists; anything that ``calibrate`` refuses.
     """
     if name not in VARIANTS:
         raise QuotaError(f"no variant {name!r}; known: {', '.join(VARIANTS)}")
-    variant, out = VARIANTS[name], Path(out)
-    if not variant.quantized:
+    out, reference = Path(out), open_checkpoint(source)
+    if not reference.quantization.is_none:
         raise QuotaError(
-            f"variant {name!r} changes no weight: use the source, with a recipe where it prunes"
+            f"{source} is already quantized ({reference.quantization.label}): a variant is made of "
+            "the full-precision checkpoint"
         )
-    config = open_checkpoint(source).config
-    quantization = options.quantization
-    without = selector(quantization, residual=False)
-    chosen = selector(quantization, residual=variant.residual)
+    check_variant(name, reference.config, options, samples)
+    settings = {"source": reference.fingerprint, **variant_settings(name, options, samples)}
+    with unfinished(out, settings) as place:
+        _build(name, reference, place, options, samples, progress, report)
+    return out
+
+
+def variant_settings(
+    name: str, options: PipelineOptions, samples: Sequence[Sample]
+) -> dict[str, Any]:
+    """JSON values that say what is asked for: work goes on only where they are the same."""
+    learning = options.options
+    return {
+        "variant": name,
+        "keep": options.keep,
+        "layers": options.layers,
+        "tau": options.tau,
+        "rounds": options.rounds,
+        "quantization": options.quantization.to_json(),
+        "options": None if learning is None else dataclasses.asdict(learning),
+        "samples": digest(samples),
+    }
+
+
+def check_variant(
+    name: str, config: ModelConfig, options: PipelineOptions, samples: Sequence[Sample]
+) -> None:
+    """Refuses what would fail, or be another variant, before anything is made."""
+    variant, quantization = VARIANTS[name], options.quantization
+    if variant.quantized and quantization.is_none:
+        raise QuotaError(f"variant {name!r}: {quantization.label} quantizes nothing")
+    if variant.pruned:
+        recipe = equal_recipe(config, options, selector(quantization, residual=False))
+        if not recipe.canonical().stages:
+            raise QuotaError(f"variant {name!r} with keep {options.keep:g} prunes nothing")
+    if variant.schedule == "sensitivity" and not samples:
+        raise QuotaError(f"variant {name!r} measures sensitivities: it needs calibration samples")
+    if variant.graph == "pruned" and not _looks_at_data(quantization):
+        raise QuotaError(
+            f"variant {name!r} is quantize-then-prune with method {quantization.method!r}, which "
+            "looks at no data"
+        )
+    if variant.graph == "deployed" and not hasattr(_defaults(quantization.method), "feed"):
+        raise QuotaError(
+            f"variant {name!r} needs a method whose blocks can be fed by quantized ones, not "
+            f"{quantization.method!r}"
+        )
+
+
+def _build(
+    name: str,
+    reference: Checkpoint,
+    place: Path,
+    options: PipelineOptions,
+    samples: Sequence[Sample],
+    progress: Callable[[str, int, int], None] | None,
+    report: Report | None,
+) -> None:
+    """Makes ``place``, of which an earlier call may have done a part."""
+    variant, config, quantization = VARIANTS[name], reference.config, options.quantization
+    chosen = selector(
+        quantization if variant.quantized else QuantizationConfig.none, residual=variant.residual
+    )
+    recipe = Recipe.none(config.text.num_layers)
+    if variant.pruned:
+        recipe = equal_recipe(config, options, chosen)
 
     def made(place: Path, recipe: Recipe | None = None, feed: str | None = None) -> Path:
         if not place.exists():
@@ -178,10 +244,10 @@ def build_variant(
             if feed is not None:
                 learning = _with_feed(learning, feed)
             calibrate(
-                source,
+                reference.path,
                 place,
                 quantization,
-                samples=samples if quantization.method in DATA_METHODS else (),
+                samples=samples if _looks_at_data(quantization) else (),
                 options=learning,
                 recipe=recipe,
                 progress=progress,
@@ -189,31 +255,28 @@ def build_variant(
             )
         return place
 
-    if variant.graph == "whole" and variant.schedule != "sensitivity":
-        made(out)
-        if variant.schedule == "equal":
-            set_recipe(out, equal_recipe(config, options, without), {"variant": name})
-    elif variant.graph == "pruned":
-        made(out, equal_recipe(config, options, without))
-        set_recipe(out, equal_recipe(config, options, without), {"variant": name})
+    if variant.graph == "deployed":
+        _co_calibrate(name, reference, place, options, chosen, samples, made)
+        return
+    if variant.graph == "none":
+        if not place.exists():
+            copied = place.with_name("copy")
+            shutil.rmtree(copied, ignore_errors=True)
+            shutil.copytree(reference.path, copied)
+            copied.rename(place)
     elif variant.graph == "whole":
-        made(out)
-        _derive(name, source, out, options, chosen, samples, None)
+        made(place)
     else:
-        if quantization.method not in DATA_METHODS or not hasattr(
-            _defaults(quantization.method), "feed"
-        ):
-            raise QuotaError(
-                f"variant {name!r} needs a method whose blocks can be fed by quantized ones, not "
-                f"{quantization.method!r}"
-            )
-        _co_calibrate(name, source, out, options, chosen, samples, made)
-    return out
+        made(place, recipe)
+    if variant.schedule == "sensitivity":
+        _derive(name, reference, place, options, chosen, samples, None)
+    else:
+        set_recipe(place, recipe, {"variant": name})
 
 
 def _co_calibrate(
     name: str,
-    source: str | Path,
+    reference: Checkpoint,
     out: Path,
     options: PipelineOptions,
     chosen: Selector,
@@ -221,32 +284,33 @@ def _co_calibrate(
     made: Callable[[Path, Recipe | None, str | None], Path],
 ) -> None:
     """Rounds stand beside ``out`` until the last one takes its place."""
-    config = open_checkpoint(source).config
-    recipe = equal_recipe(config, options, chosen)
-    *earlier, last = [out.with_name(f"{out.name}.round-{n}") for n in range(options.rounds + 1)]
+    if out.exists():
+        return
+    recipe = equal_recipe(reference.config, options, chosen)
+    *earlier, last = [out.with_name(f"round-{n}") for n in range(options.rounds + 1)]
     for place in earlier:
         made(place, recipe, "quantized")
-        recipe = _derive(name, source, place, options, chosen, samples, recipe)
+        recipe = _derive(name, reference, place, options, chosen, samples, recipe)
     made(last, recipe, "quantized")
     # The derivation was stored with the round that it was measured on.
     derivation = open_checkpoint(earlier[-1]).provenance.get("derivation")
     set_recipe(last, recipe, {"variant": name, "derivation": derivation})
     last.rename(out)
-    for folder in earlier:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _derive(
     name: str,
-    source: str | Path,
+    reference: Checkpoint,
     place: Path,
     options: PipelineOptions,
     chosen: Selector,
     samples: Sequence[Sample],
     graph: Recipe | None,
 ) -> Recipe:
-    """Measures sensitivities and stores the schedule that follows."""
-    quantized, reference = open_checkpoint(place), open_checkpoint(source)
+    """Measures sensitivities and stores the schedule that follows, unless that was done before."""
+    quantized = open_checkpoint(place)
+    if quantized.provenance.get("variant") == name:
+        return quantized.recipe
     measured = measure_sensitivities(
         quantized,
         reference,
@@ -264,6 +328,10 @@ def _derive(
     }
     set_recipe(place, recipe, {"variant": name, "derivation": told})
     return recipe
+
+
+def _looks_at_data(quantization: QuantizationConfig) -> bool:
+    return quantization.method in DATA_METHODS or quantization.key_quantization == "channel"
 
 
 def _defaults(method: str) -> Any:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from converters import convert
+from quota_jax import pipeline
 from quota_jax.checkpoint import CheckpointWriter, open_checkpoint
 from quota_jax.config import TextConfig
 from quota_jax.errors import QuotaError
@@ -172,12 +173,10 @@ def test_variants_store_their_recipes(source, tmp_path):
     config = open_checkpoint(source).config
     built = {}
     for name, variant in VARIANTS.items():
-        if not variant.quantized:
-            with pytest.raises(QuotaError, match="changes no weight"):
-                build_variant(name, source, tmp_path / name, options)
-            continue
         out = build_variant(name, source, tmp_path / name, options, samples=samples())
         built[name] = open_checkpoint(out)
+        assert built[name].provenance["variant"] == name
+        assert built[name].quantization.is_none == (not variant.quantized)
         stages = built[name].recipe.canonical().stages
         assert bool(stages) == variant.pruned
         if not stages:
@@ -190,7 +189,8 @@ def test_variants_store_their_recipes(source, tmp_path):
         derived = "derivation" in built[name].provenance
         assert derived == (variant.schedule == "sensitivity")
         assert (stages == equal.stages) or derived
-        told = built[name].provenance["calibration"]
+        told = built[name].provenance.get("calibration", {})
+        assert bool(told) == variant.quantized
         assert ("recipe" in told) == (variant.graph in ("pruned", "deployed"))
     assert {path.name for path in tmp_path.iterdir()} == set(built)
     # Calibration on all tokens is the same for the variants that share it.
@@ -203,6 +203,29 @@ def test_variants_store_their_recipes(source, tmp_path):
     assert sensitivities["provenance"]["recipe"]["stages"]
 
 
+def test_a_killed_call_leaves_no_checkpoint_and_goes_on(source, tmp_path, monkeypatch):
+    """Killed after calibration, before its recipe is there: the calibration is not done again."""
+    options = PipelineOptions(keep=0.5, quantization=ROUNDED, layers=(0, 1))
+    place, measure = tmp_path / "out", pipeline.measure_sensitivities
+
+    def kill(*args, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "measure_sensitivities", kill)
+    with pytest.raises(KeyboardInterrupt):
+        build_variant("collaborative", source, place, options, samples=samples())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    other = dataclasses.replace(options, keep=0.25)
+    with pytest.raises(QuotaError, match=r"begun with other settings \(keep is 0.5, not 0.25\)"):
+        build_variant("collaborative", source, place, other, samples=samples())
+
+    monkeypatch.setattr(pipeline, "measure_sensitivities", measure)
+    monkeypatch.setattr(pipeline, "calibrate", kill)
+    build_variant("collaborative", source, place, options, samples=samples())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert open_checkpoint(place).recipe.stages[-1].keep == 0.5
+
+
 def test_refusals(source, tmp_path):
     with pytest.raises(QuotaError, match="no variant 'quota'"):
         build_variant("quota", source, tmp_path / "x", PipelineOptions())
@@ -210,14 +233,27 @@ def test_refusals(source, tmp_path):
         PipelineOptions(keep=1.5)
     with pytest.raises(QuotaError, match="rounds must be at least 1"):
         PipelineOptions(rounds=0)
-    with pytest.raises(QuotaError, match="blocks can be fed by quantized ones"):
-        build_variant(
-            "co-calibrated",
-            source,
-            tmp_path / "x",
-            PipelineOptions(quantization=ROUNDED, layers=(0,)),
-            samples=samples(),
-        )
+    plain = PipelineOptions(quantization=ROUNDED, layers=(0,))
+    for name, options, given, message in (
+        ("co-calibrated", plain, samples(), "blocks can be fed by quantized ones"),
+        ("prune-then-quantize", plain, (), "is quantize-then-prune with method 'rtn'"),
+        ("collaborative", plain, (), "it needs calibration samples"),
+        ("prune-only", dataclasses.replace(plain, keep=1.0), (), "keep 1 prunes nothing"),
+        (
+            "quant-only",
+            dataclasses.replace(plain, quantization=QuantizationConfig.none),
+            (),
+            "quantizes nothing",
+        ),
+    ):
+        with pytest.raises(QuotaError, match=message):
+            build_variant(name, source, tmp_path / "x", options, samples=given)
+    rounded = build_variant("quant-only", source, tmp_path / "rounded", plain)
+    with pytest.raises(QuotaError, match="is already quantized"):
+        build_variant("quant-only", rounded, tmp_path / "x", plain)
+    with pytest.raises(QuotaError, match="rounded already exists"):
+        build_variant("quant-only", source, rounded, plain)
+    assert [path.name for path in tmp_path.iterdir()] == ["rounded"]
     at_input = Stage(layer=0, keep=0.5, point="input", selector=Selector(name="div_prune"))
     with pytest.raises(QuotaError, match="stages inside layers"):
         check_graph(Recipe(num_layers=2, stages=(at_input,)))

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Literal
 
 from quota_jax.cli.console import CheckpointPath, progress, size, table
 from quota_jax.cli.convert import describe
+from quota_jax.cli.variant import VariantOptions
 from quota_jax.errors import QuotaError
 
 if TYPE_CHECKING:
     from quota_jax.quant.calibrate import Options
+    from quota_jax.quant.calibrate_flatquant import BlockReport
     from quota_jax.quant.calibration_data import Sample
     from quota_jax.quantization import QuantizationConfig
 
@@ -38,32 +40,38 @@ OWN_OPTIONS: dict[str, tuple[str, ...]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Calibrate:
+class Calibrate(VariantOptions):
     """Quantize a full-precision checkpoint block by block.
 
     Round-to-nearest needs no data, unless keys are quantized by channel. The other methods look at
     pictures and texts: a JSON list of {"image": path, "text": prompt}, the image perhaps absent,
     paths relative to the file, as `quota-jax samples` draws it. In place of "text" may stand
     "turns", those of user and assistant.
-    A run that was killed leaves OUT.partial; the same command takes it up again.
+    A run that was killed leaves OUT.partial, with --variant OUT.unfinished; the same command takes
+    it up again.
+
+    --variant makes a whole pipeline of quantization and pruning in one call, also of a Hugging Face
+    folder, and stores the recipe, which generate, chat and eval then use by default.
 
     For example:
       quota-jax calibrate llava-7b --method flatquant --data calib.json --out llava-7b-w4a4
+      quota-jax calibrate llava-1.5-7b-hf --variant collaborative --keep 0.3 --data calib.json \\
+          --out llava-7b-quota
       quota-jax calibrate llava-7b --method awq --bits W4A16 --group 128 --modules decoder \\
           --data calib.json --out llava-7b-awq
     """
 
     checkpoint: CheckpointPath
-    """Full-precision checkpoint made by convert."""
+    """Full-precision checkpoint made by convert; with --variant also a Hugging Face folder."""
     out: Path
     """Folder to write; must not exist."""
-    method: Literal["rtn", "smoothquant", "flatquant", "gptq", "flatquant+gptq", "awq", "luq"] = (
-        "rtn"
-    )
-    """rtn: round to nearest; smoothquant: scaled channels; flatquant: learned transforms and
-    clipping; gptq: rounding that repairs its errors, flatquant+gptq: after FlatQuant's transforms;
-    awq: scaled channels and clipping for 16-bit activations; luq: gptq with fewer bits in decoder
-    layers whose outputs have little entropy."""
+    method: (
+        Literal["rtn", "smoothquant", "flatquant", "gptq", "flatquant+gptq", "awq", "luq"] | None
+    ) = None
+    """Default rtn, with --variant flatquant. rtn: round to nearest; smoothquant: scaled channels;
+    flatquant: learned transforms and clipping; gptq: rounding that repairs its errors,
+    flatquant+gptq: after FlatQuant's transforms; awq: scaled channels and clipping for 16-bit
+    activations; luq: gptq with fewer bits in decoder layers whose outputs have little entropy."""
     bits: str | None = None
     """Bits of weights, activations and KV cache (4, 8 or 16 each; weights also 2 or 3, stored in
     4); default W4A4KV4, with awq and luq W4A16."""
@@ -129,38 +137,67 @@ class Calibrate:
     """gptq: channels after which errors are spread over the rest."""
 
     def run(self) -> int:
-        from quota_jax.checkpoint import open_checkpoint
+        self.check()
+        learns = self.chosen is not None and self.chosen.quantized
+        method = self.method or ("flatquant" if learns else "rtn")
+        return dataclasses.replace(self, method=method)._make()
+
+    def _make(self) -> int:
+        """The work, the method being named."""
         from quota_jax.quant.calibrate import calibrate
 
         start = time.perf_counter()
         if len(set(self.modules)) != len(self.modules) or not self.modules:
             raise QuotaError(f"--modules must name each module once, got {list(self.modules)}")
-        quantization = self._quantization()
+        quantization, samples = self._quantization(), self._samples()
+        options = self._options()
         losses: list[tuple[str, str, str]] = []
+
+        def report(found: BlockReport) -> None:
+            losses.append((found.name, f"{found.first_loss:.3e}", f"{found.last_loss:.3e}"))
+
         with progress("quantizing") as step:
-            calibrate(
-                self.checkpoint,
-                self.out,
-                quantization,
-                samples=self._samples(),
-                options=self._options(),
-                progress=lambda name, done, total: step(done, total, name),
-                report=lambda found: losses.append(
-                    (found.name, f"{found.first_loss:.3e}", f"{found.last_loss:.3e}")
-                ),
-            )
+            if self.variant is not None:
+                self.build(
+                    self.checkpoint,
+                    self.out,
+                    self.pipeline(quantization, options),
+                    samples,
+                    step,
+                    report,
+                )
+            else:
+                calibrate(
+                    self.checkpoint,
+                    self.out,
+                    quantization,
+                    samples=samples,
+                    options=options,
+                    progress=lambda name, done, total: step(done, total, name),
+                    report=report,
+                )
         if losses:
             print(table(("block", "first loss", "last loss"), losses))
-        before = open_checkpoint(self.checkpoint).sizes()["files"]
-        print(
-            f"wrote {self.out}: {describe(self.out)} (before: {size(before)}), "
-            f"in {time.perf_counter() - start:.1f} s"
-        )
+        self._tell(time.perf_counter() - start)
         return 0
+
+    def _tell(self, seconds: float) -> None:
+        """What was written, and its recipe."""
+        from quota_jax.checkpoint import open_checkpoint
+        from quota_jax.cli.recipe_tables import describe_recipe
+
+        before = ""
+        if self.variant is None:
+            before = f" (before: {size(open_checkpoint(self.checkpoint).sizes()['files'])})"
+        print(f"wrote {self.out}: {describe(self.out)}{before}, in {seconds:.1f} s")
+        made = open_checkpoint(self.out)
+        if self.variant is not None and not made.recipe.is_none:
+            print(f"\n{describe_recipe(made.recipe, made.config)}")
 
     def _quantization(self) -> QuantizationConfig:
         from quota_jax.quantization import QuantizationConfig
 
+        assert self.method is not None
         weight_only = self.method in ("awq", "luq")
         found = QuantizationConfig.parse(
             self.bits or ("W4A16" if weight_only else "W4A4KV4"),
@@ -189,12 +226,14 @@ class Calibrate:
         from quota_jax.quant.calibration_data import read_samples
 
         by_channel = self.key_quantization == "channel"
-        if self.method == "rtn" and not by_channel:
+        if self.method == "rtn" and not by_channel and not self.measures:
             if self.data is not None or self.samples is not None:
                 raise QuotaError("--data and --samples are of no use to --method rtn")
             return []
         if self.data is None:
             needs = "--key-quantization channel" if by_channel else f"--method {self.method}"
+            if self.measures:
+                needs = f"--variant {self.variant}"
             raise QuotaError(f"{needs} needs --data, a JSON list of pictures and texts")
         if self.samples is not None and self.samples < 1:
             raise QuotaError(f"--samples must be at least 1, got {self.samples}")
@@ -209,6 +248,7 @@ class Calibrate:
         from quota_jax.quant.luq import LuqOptions
         from quota_jax.quant.smoothquant import SmoothQuantOptions
 
+        assert self.method is not None
         for field in dataclasses.fields(self):
             methods = OWN_OPTIONS.get(field.name, ())
             unused = methods and not set(methods) & set(self.method.split("+"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,8 +16,9 @@ from quota_jax.prune.presets import peer_recipe
 from quota_jax.quant.calibration_data import Sample
 from quota_jax.reproduce.paper import PAPER
 from quota_jax.reproduce.report import write_table
+from quota_jax.reproduce.rows import FULL, KEEP, variant_row
 from quota_jax.reproduce.study import Busy, Derived, Row, Study, Weights
-from quota_jax.reproduce.tables import FULL, KEEP, Plan, Table, all_tables, make_table
+from quota_jax.reproduce.tables import Plan, Table, all_tables, make_table
 from quota_jax.reproduce.work import begin_study, open_study
 from quota_jax.testbed.learning.models import SMALL_MODELS
 from tests.tiny_models import draw_picture, write_tiny_llava
@@ -64,7 +66,7 @@ def test_a_study_runs_each_row_once_and_writes_its_table(study, tmp_path):
     assert sum("calibrated" in line for line in told) == 1
     assert study.run(rows, lambda line: pytest.fail(line))  # nothing is left to do
 
-    derived = json.loads((study._folder(rows[3]) / "run.json").read_text())["recipe"]
+    derived = json.loads((study.folder(rows[3]) / "run.json").read_text())["recipe"]
     layers = [stage["layer"] for stage in derived["stages"]]
     assert layers == [1, 2]
     assert derived["stages"][-1]["keep"] == 0.5
@@ -113,7 +115,9 @@ def test_tables_have_rows_of_their_own(family):
     for table in all_tables(plan):
         labels = [row.label for row in table.rows]
         assert len(set(labels)) == len(labels), table.name
-        assert table.rows[0] == table.baseline == FULL
+        whole = dataclasses.replace(FULL, measured=table.name == "table7")
+        assert table.rows[0] == table.baseline == whole
+        assert {row.measured for row in table.rows} == {whole.measured}
         if table.name == "peers":
             missing = {note.split()[0] for note in table.notes}
             assert ("visionzip" in missing) == (family == "qwen2_5_vl")
@@ -126,6 +130,10 @@ def test_tables_have_rows_of_their_own(family):
     collaborative = joint["W4A4KV4 collaborative 30 %"]
     assert collaborative.recipe == Derived(keep=KEEP)
     assert joint["W4A4KV4 quant-only"].weights == collaborative.weights
+    # Named variants are the rows of Table 3, so their runs are shared.
+    for name in ("prune-only", "quantize-then-prune", "collaborative", "co-calibrated"):
+        row = variant_row(name, config, "W4A4KV4", keep=0.1)
+        assert row.run_name == joint[row.label].run_name
     deployed = joint["W4A4KV4 co-calibrated 10 %"].weights
     assert deployed is not None
     assert (deployed.variant, deployed.keep) == ("co-calibrated", 0.1)

@@ -98,7 +98,7 @@ class Evaluation:
                 recipe=recipe,
                 processor=processor,
                 questions=questions,
-                prompts=self._encode(processor, questions),
+                prompts=self.prompts_of(processor, questions),
             )
             with together():
                 if jax.process_index() == 0:
@@ -122,9 +122,10 @@ class Evaluation:
             seen.add(each.key)
         return instances
 
-    def _encode(
+    def prompts_of(
         self, processor: Processor, questions: Mapping[str, Sequence[Instance]]
     ) -> list[Prompt]:
+        """The questions of all tasks as the model gets them, task by task."""
         requests = [
             Request(
                 name=f"{task.name} {each.key}",

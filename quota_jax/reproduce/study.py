@@ -38,6 +38,7 @@ from quota_jax.quant.calibrate import DATA_METHODS, calibrate
 from quota_jax.quant.calibration_data import Sample
 from quota_jax.quantization import MODULES, QuantizationConfig
 from quota_jax.recipe import Recipe, Selector
+from quota_jax.reproduce.deployment import measure_deployment
 
 Log = Callable[[str], None]
 
@@ -89,13 +90,14 @@ class Row:
     """One line of a table: weights (None: full precision) under a recipe.
 
     recipe: None takes the checkpoint's own, that is none where calibration stored none. facts:
-    further columns.
+    further columns. measured: memory and power are measured while it runs (`deployment`).
     """
 
     label: str
     weights: Weights | None = None
     recipe: Recipe | Derived | None = None
     facts: tuple[tuple[str, str], ...] = ()
+    measured: bool = False
 
     @property
     def run_name(self) -> str:
@@ -106,6 +108,7 @@ class Row:
         elif self.recipe is not None:
             recipe = dataclasses.asdict(self.recipe)
         stem = self.weights.name if self.weights else "full"
+        stem += "_measured" if self.measured else ""
         if recipe is None:
             return stem
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
@@ -268,21 +271,22 @@ class Study:
             raise QuotaError(f"{len(failed)} rows failed, first {failed[0][:500]}")
         return True
 
-    def _folder(self, row: Row) -> Path:
+    def folder(self, row: Row) -> Path:
+        """Where the run of a row is."""
         return self.out / "runs" / row.run_name
 
     def _complete(self, row: Row) -> bool:
-        return (self._folder(row) / PREDICTIONS).exists()
+        return (self.folder(row) / PREDICTIONS).exists()
 
     def _evaluate(self, row: Row, log: Log) -> None:
         with self._alone(f"run_{row.run_name}"):
             if self._complete(row):
                 return
-            _, times = Evaluation(
+            evaluation = Evaluation(
                 checkpoint=self.checkpoint(row.weights, log),
                 tasks=self._tasks,
                 data=self.data,
-                out=self._folder(row),
+                out=self.folder(row),
                 recipe=self.recipe(row),
                 limit=self.limit,
                 batch_size=self.batch_size,
@@ -290,7 +294,13 @@ class Study:
                 max_new_tokens=self.max_new_tokens,
                 text_buckets=None if self.text_bucket is None else (self.text_bucket,),
                 questions=self.questions,
-            ).run()
+            )
+            if row.measured:
+                with self._alone("measurement"):  # others would share the device's power
+                    measure_deployment(evaluation)
+                log(f"{row.label} ({row.run_name}): measured")
+                return
+            _, times = evaluation.run()
             log(
                 f"{row.label} ({row.run_name}): {times.samples} questions in "
                 f"{times.answering:.1f} s, {times.compile:.0f} s of compilation"
@@ -300,7 +310,7 @@ class Study:
         """Scores of a finished run, against those of another one."""
 
         def scores(one: Row) -> dict[str, Any]:
-            answers = read_answers(self._folder(one), self.questions)
+            answers = read_answers(self.folder(one), self.questions)
             return {
                 task.name: task.score(self.questions[task.name], answers[task.name])
                 for task in self._tasks

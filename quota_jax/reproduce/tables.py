@@ -6,6 +6,7 @@ figures stand beside ours in columns of their own (`paper`): they belong to anot
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,13 +17,10 @@ from quota_jax.prune.presets import AT_EXIT, Protocol, llm_flops_ratio, peer_rec
 from quota_jax.prune.weights import QuotaWeights
 from quota_jax.quantization import MODULES, QuantizationConfig
 from quota_jax.recipe import Recipe
+from quota_jax.reproduce.rows import FULL, KEEP, LOW_BIT, equal, flatquant, variant_row
 from quota_jax.reproduce.study import Derived, Row, Weights
 
-FULL = Row(label="full precision")
-LOW_BIT = ("W4A4KV4", "W4A8KV4")
 RATIOS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
-KEEP = 0.3
-"""The paper's final keep ratio."""
 PEERS = (
     "fastv", "pyramid_drop", "vtw", "div_prune", "mmtok", "visionzip", "qapruner", "sqap",
     "text_attention", "random", "stride",
@@ -62,18 +60,6 @@ class Table:
     rows: tuple[Row, ...]
     baseline: Row = FULL
     notes: tuple[str, ...] = ()
-
-
-def flatquant(bits: str, seed: int = 0, **more) -> Weights:
-    return Weights(method="flatquant", bits=bits, seed=seed, **more)
-
-
-def equal(config: ModelConfig, keep: float, bits: str | None = None) -> Recipe:
-    """Equal drops, scored without the residual: what stage-wise variants do."""
-    chosen = selector(
-        QuantizationConfig.parse(bits) if bits else QuantizationConfig.none, residual=False
-    )
-    return equal_recipe(config, PipelineOptions(keep=keep), chosen)
 
 
 def scores(plan: Plan) -> Table:
@@ -302,6 +288,40 @@ def peers(plan: Plan) -> Table:
     )
 
 
+def table7(plan: Plan) -> Table:
+    """Scores, memory and power while each task is answered (Table 7)."""
+    seed = plan.seeds[0]
+    variants = [("full-precision", LOW_BIT[0]), ("prune-only", LOW_BIT[0])]
+    variants += [(name, bits) for bits in LOW_BIT for name in ("quant-only", "collaborative")]
+    rows = [
+        dataclasses.replace(variant_row(name, plan.config, bits, seed=seed), measured=True)
+        for name, bits in variants
+    ]
+    notes = (f"calibration seeds other than {seed}",) if len(plan.seeds) > 1 else ()
+    return Table(
+        name="table7",
+        title="Scores, memory and power while answering (Table 7)",
+        rows=tuple(rows),
+        baseline=rows[0],
+        notes=notes,
+    )
+
+
+def pareto(plan: Plan) -> Table:
+    """Precisions, pruned and not: what `reproduce --what pareto` sets beside speeds."""
+    rows = [FULL]
+    rows += [variant_row("prune-only", plan.config, "", keep=keep) for keep in (KEEP, 0.1)]
+    for bits in LOW_BIT:
+        for seed in plan.seeds:
+            found = [variant_row("quant-only", plan.config, bits, seed=seed)]
+            found += [
+                variant_row("collaborative", plan.config, bits, keep=keep, seed=seed)
+                for keep in (KEEP, 0.1)
+            ]
+            rows += [dataclasses.replace(row, label=_label(row.label, seed, plan)) for row in found]
+    return Table(name="pareto", title="Precision and pruning together", rows=tuple(rows))
+
+
 TABLES: dict[str, Callable[[Plan], Table]] = {
     "scores": scores,
     "keep": keep_table,
@@ -312,6 +332,8 @@ TABLES: dict[str, Callable[[Plan], Table]] = {
     "table3": table3,
     "table4": table4,
     "table5": table5,
+    "table7": table7,
+    "pareto": pareto,
 }
 
 

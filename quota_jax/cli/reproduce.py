@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,10 +12,12 @@ from typing import TYPE_CHECKING, Literal
 from quota_jax.errors import QuotaError
 
 if TYPE_CHECKING:
+    from quota_jax.reproduce.pareto import BenchFile
     from quota_jax.reproduce.study import Study
-    from quota_jax.reproduce.tables import Table
+    from quota_jax.reproduce.tables import Plan, Table
 
-FIGURES = {"fig3": "llava", "fig5": "qwen2_5_vl"}
+FIGURES = {"fig3": ("llava",), "fig4": ("llava", "qwen2_5_vl"), "fig5": ("qwen2_5_vl",)}
+"""Figures, and the model families that the paper or we draw them for."""
 POOL = 384
 """Drawn samples from which each seed takes its own."""
 
@@ -29,12 +32,16 @@ class Reproduce:
 
     For example:
       quota-jax reproduce --what table3 --model llava --out study
+      quota-jax reproduce --what fig4 --variant co-calibrated --keep 0.1 --out study
+      quota-jax bench --preset llava_1_5_7b --keep 1 0.3 0.1 --json bench.json
+      quota-jax reproduce --what pareto --bench bench.json --out study
     """
 
     out: Path
     """Folder of the study; tables come to OUT/tables."""
     what: tuple[str, ...]
-    """table1 to table6, scores, keep, methods, peers, fig3 or fig5, or all."""
+    """table1 to table7, scores, keep, methods, peers, fig3, fig4, fig5, or all; pareto: accuracy
+    against speed and memory (with --bench, then also in all)."""
     model: Literal["llava", "qwen2_5_vl"] = "llava"
     """The shipped small model, where no --source is given."""
     source: Path | None = None
@@ -60,37 +67,76 @@ class Reproduce:
     text_bucket: int | None = None
     """Pad all prompts to this text length: one program for each run."""
     jobs: int = 1
-    """Processes that share the work on this machine."""
+    """Processes that share the work on this machine. Rows of table7 are measured one at a time,
+    after all other work."""
+    bench: Path | None = None
+    """pareto: the file that quota-jax bench --json wrote, of a preset of the same family."""
+    variant: Literal[
+        "prune-only",
+        "quantize-then-prune",
+        "prune-then-quantize",
+        "collaborative",
+        "co-calibrated",
+    ] = "collaborative"
+    """fig4: which variant's tokens are drawn."""
+    keep: float = 0.3
+    """fig4: fraction of the visual tokens that is left."""
+    bits: str = "W4A4KV4"
+    """fig4: precision, where the variant quantizes."""
+    pictures: int = 4
+    """fig4: questions whose pictures are drawn; the tasks take turns."""
 
     def run(self) -> int:
-        from quota_jax.reproduce.tables import TABLES, make_table
+        from quota_jax.figures.canvas import check_plots
+        from quota_jax.reproduce.tables import make_table
         from quota_jax.reproduce.work import begin_study, plan_of
 
         if self.jobs < 1:
             raise QuotaError(f"--jobs must be at least 1, got {self.jobs}")
+        if "pareto" in self.what and self.bench is None:
+            raise QuotaError("pareto needs --bench, a file that quota-jax bench --json wrote")
+        if {*FIGURES, "pareto", "all"} & set(self.what):
+            check_plots()
         study = begin_study(self.out, self._settings())
         plan = plan_of(study, self.seeds)
-        family = plan.config.model_type
+        names = self._names(plan.config.model_type)
+        bench = self._bench(plan)
+        tables = [make_table(name, plan) for name in names if name not in FIGURES]
+        # Nothing else may run on the device while power is measured.
+        tables.sort(key=lambda table: table.rows[0].measured)
+        shared = [table.name for table in tables if not table.rows[0].measured]
+        if shared:
+            self._work(shared)
+        for table in tables:
+            study.run(table.rows)
+            for file in self._write(study, table, bench):
+                print(f"wrote {file}")
+        for name in names:
+            if name == "fig4":
+                self._kept(study, plan)
+            elif name in FIGURES:
+                self._profile(study, name)
+        return 0
+
+    def _names(self, family: str) -> list[str]:
+        """Tables and figures that are asked for."""
+        from quota_jax.reproduce.tables import TABLES
+
         names = list(self.what)
         if names == ["all"]:
-            figures = [name for name, model in FIGURES.items() if model == family]
-            names = [*TABLES, *figures]
+            names = [name for name in TABLES if name != "pareto" or self.bench is not None]
+            names += [name for name, families in FIGURES.items() if family in families]
             if family == "qwen2_5_vl":
                 names[names.index("table4")] = "table6"
         for name in names:
-            if name in FIGURES and FIGURES[name] != family:
-                raise QuotaError(f"{name} is a figure of {FIGURES[name]}, not of {family}")
-        tables = [make_table(name, plan) for name in names if name not in FIGURES]
-        if tables:
-            self._work([table.name for table in tables])
-        for table in tables:
-            study.run(table.rows)
-            for file in self._write(study, table):
-                print(f"wrote {file}")
-        for name in names:
-            if name in FIGURES:
-                self._profile(study, name)
-        return 0
+            if name in FIGURES and family not in FIGURES[name]:
+                raise QuotaError(f"{name} is a figure of {FIGURES[name][0]}, not of {family}")
+        return names
+
+    def _bench(self, plan: Plan) -> BenchFile | None:
+        from quota_jax.reproduce.pareto import read_bench
+
+        return None if self.bench is None else read_bench(self.bench, plan.config)
 
     def _settings(self) -> dict[str, object]:
         given = (self.source, self.data, self.samples)
@@ -151,28 +197,39 @@ class Reproduce:
         if any([worker.wait() for worker in workers]):
             raise QuotaError("a process of the study failed; its message is above")
 
-    def _write(self, study: Study, table: Table) -> tuple[Path, ...]:
+    def _write(self, study: Study, table: Table, bench: BenchFile | None) -> tuple[Path, ...]:
+        from quota_jax.reproduce.deployment_report import write_deployment
+        from quota_jax.reproduce.paper import PAPER
+        from quota_jax.reproduce.pareto import write_pareto
+        from quota_jax.reproduce.report import write_table
+
+        folder, provenance = self.out / "tables", self._provenance(study, table.name)
+        if table.name == "pareto":
+            assert bench is not None
+            return write_pareto(study, table, bench, folder, provenance=provenance)
+        write = write_deployment if table.rows[0].measured else write_table
+        paper = PAPER.get(table.name)
+        return write(
+            study,
+            table,
+            folder,
+            provenance=provenance,
+            paper=paper.markdown() if paper else (),
+        )
+
+    def _provenance(self, study: Study, what: str) -> dict[str, object]:
         import jax
 
         from quota_jax import __version__
-        from quota_jax.reproduce.paper import PAPER
-        from quota_jax.reproduce.report import write_table
 
-        paper = PAPER.get(table.name)
-        return write_table(
-            study,
-            table,
-            self.out / "tables",
-            provenance={
-                "command": self.command(table.name),
-                "model": study.reference.config.model_type,
-                "calibration samples": study.num_samples,
-                "seeds": ", ".join(map(str, self.seeds)),
-                "versions": f"quota_jax {__version__}, jax {jax.__version__}",
-                "device": jax.devices()[0].device_kind,
-            },
-            paper=paper.markdown() if paper else (),
-        )
+        return {
+            "command": self.command(what),
+            "model": study.reference.config.model_type,
+            "calibration samples": study.num_samples,
+            "seeds": ", ".join(map(str, self.seeds)),
+            "versions": f"quota_jax {__version__}, jax {jax.__version__}",
+            "device": jax.devices()[0].device_kind,
+        }
 
     def command(self, what: str) -> str:
         """The command that makes one table again."""
@@ -186,18 +243,47 @@ class Reproduce:
                 parts.append(f"--{name.replace('_', '-')} {value}")
         if self.seeds != (0,):
             parts.append(f"--seeds {' '.join(map(str, self.seeds))}")
+        if what == "pareto":
+            parts.append("--bench BENCH")
+        if what == "fig4":
+            parts += [f"--{name} {value}" for name, value in self._drawn.items()]
         return " ".join(parts)
+
+    @property
+    def _drawn(self) -> dict[str, object]:
+        """Options of fig4 that are not the default."""
+        return {
+            field.name: getattr(self, field.name)
+            for field in dataclasses.fields(self)
+            if field.name in ("variant", "keep", "bits", "pictures")
+            and getattr(self, field.name) != field.default
+        }
+
+    def _kept(self, study: Study, plan: Plan) -> None:
+        """The tokens that a variant keeps (Fig. 4)."""
+        from quota_jax.reproduce.kept_figure import draw_kept_tokens
+        from quota_jax.reproduce.rows import variant_row
+
+        row = variant_row(self.variant, plan.config, self.bits, keep=self.keep, seed=self.seeds[0])
+        files = draw_kept_tokens(
+            study,
+            row,
+            self.out / "tables",
+            "_".join(["fig4", *map(str, self._drawn.values())]),
+            count=self.pictures,
+            provenance=self._provenance(study, "fig4"),
+        )
+        for file in files:
+            print(f"wrote {file}")
 
     def _profile(self, study: Study, name: str) -> None:
         """Concentration and redundancy per layer, full precision and W4A4KV4 (Fig. 3 and 5)."""
         from quota_jax.checkpoint import open_checkpoint
         from quota_jax.checkpoint.format import encode_json, write_file
-        from quota_jax.figures.canvas import check_plots
         from quota_jax.figures.profile_plot import draw_profile
         from quota_jax.prune.profile import ProfileOptions, measure_profile
         from quota_jax.reproduce.tables import flatquant
 
-        check_plots()
         folder = self.out / "tables"
         folder.mkdir(parents=True, exist_ok=True)
         quantized = open_checkpoint(study.checkpoint(flatquant("W4A4KV4", self.seeds[0])))

@@ -15,8 +15,9 @@ from quota_jax.recipe import Stage
 
 FADE = 0.86
 """How much of a dropped token's colour is gone."""
-PANEL, NARROW = 2.3, 1.6
-"""Inches across a panel: of a wide or square picture, and at least, for its title."""
+PANEL, NARROW, LABEL = 2.3, 1.6, 1.7
+"""Inches across a panel: of a wide or square picture, and at least, for its title; and across the
+labels."""
 
 
 def draw_kept(
@@ -25,8 +26,9 @@ def draw_kept(
     stages: Sequence[tuple[str, Int[np.ndarray, " K"]]],
     path: Path,
     title: str = "",
+    labels: Sequence[str] = (),
 ) -> None:
-    """One row for each picture of one sample, one column before pruning and one after each stage.
+    """One row for each picture, one column before pruning and one after each stage.
 
     Dropped tokens fade to grey, and a line runs between them and the kept ones.
 
@@ -34,17 +36,23 @@ def draw_kept(
         pictures: as the model sees them, values 0 to 1 (``pictures.seen_pictures``).
         cells: picture, row and column of each place of the sequence (``pictures.token_cells``).
         stages: name of each stage and the places that it keeps.
+        labels: what is written to the left of each row; none leaves no room for it.
     """
     on_grid = cells[:, 1] >= 0
     columns: list[tuple[str, np.ndarray]] = [("", np.flatnonzero(on_grid)), *stages]
     ratios = [picture.shape[0] / picture.shape[1] for picture in pictures]
     width = max(NARROW, PANEL / max(1.0, max(ratios) / 1.5))
     heights = [width * ratio for ratio in ratios]
-    lines = textwrap.wrap(title, int(len(columns) * width * 13), max_lines=3, placeholder=" …")
-    with figure(
-        path, len(columns) * width, sum(heights) + 0.3 * len(heights) + 0.25 * len(lines)
-    ) as made:
-        grid = made.subplots(len(pictures), len(columns), squeeze=False, height_ratios=heights)
+    widths = [LABEL] * bool(labels) + [width] * len(columns)
+    lines = textwrap.wrap(title, int(sum(widths) * 13), max_lines=3, placeholder=" …")
+    with figure(path, sum(widths), sum(heights) + 0.3 * len(heights) + 0.25 * len(lines)) as made:
+        grid = made.subplots(
+            len(pictures), len(widths), squeeze=False, height_ratios=heights, width_ratios=widths
+        )
+        if labels:
+            for axis, label in zip(grid[:, 0], labels, strict=True):
+                _write(axis, label)
+            grid = grid[:, 1:]
         for number, picture in enumerate(pictures):
             here = on_grid & (cells[:, 0] == number)
             shape = tuple(cells[here, 1:].max(0) + 1)
@@ -85,6 +93,13 @@ def _panel(axis: Any, picture: np.ndarray, kept: np.ndarray) -> None:
     axis.set_axis_off()
     if not kept.all():
         axis.add_collection(_outline(kept))
+
+
+def _write(axis: Any, label: str) -> None:
+    """Text in the place of a panel, line by line, from its upper left corner."""
+    lines = [part for line in label.splitlines() for part in textwrap.wrap(line, 25) or [""]]
+    axis.set_axis_off()
+    axis.text(0, 1, "\n".join(lines), va="top", fontsize=8, transform=axis.transAxes)
 
 
 def _outline(kept: np.ndarray) -> Any:

@@ -4,6 +4,8 @@
     python examples/train_small_vlm.py --family qwen2_5_vl --minutes 12 --out runs/qwen  # one GPU
     python examples/train_small_vlm.py --family llava --tiny --out /tmp/tiny             # CPU
     python examples/train_small_vlm.py --check                    # CPU: lowers the real steps
+    python examples/train_small_vlm.py --family llava --start runs/llava/model --hint-share 0.5 \\
+        --minutes 8 --out runs/llava-2                            # goes on from a trained model
 
 `--minutes` is the wall-clock time of the whole run: start, compilation, evaluation and export
 included, summed over all processes with the same `--out`. A process that ends early (killed, or by
@@ -40,8 +42,9 @@ from quota_jax.testbed.learning.models import (  # noqa: E402
     tiny_model,
 )
 from quota_jax.testbed.learning.processor import folder_files, special_ids  # noqa: E402
+from quota_jax.testbed.learning.start import read_start  # noqa: E402
 from quota_jax.testbed.learning.state import Saved, load_state, save_state  # noqa: E402
-from quota_jax.testbed.learning.step import TrainingConfig  # noqa: E402
+from quota_jax.testbed.learning.step import TrainingConfig, init_state  # noqa: E402
 from quota_jax.testbed.learning.trainer import Clock, Programs, Trainer, by_topic  # noqa: E402
 
 RESERVE_SECONDS = 30.0
@@ -69,7 +72,7 @@ def real_config(family: str, **changes: Any) -> TrainingConfig:
     return TrainingConfig(model=SMALL_MODELS[family], **(SETTINGS[family] | given))
 
 
-def tiny_config(family: str, seed: int) -> TrainingConfig:
+def tiny_config(family: str, seed: int, **changes: Any) -> TrainingConfig:
     """A reduced model that a CPU trains in seconds."""
     return TrainingConfig(
         model=tiny_model(family),
@@ -83,6 +86,7 @@ def tiny_config(family: str, seed: int) -> TrainingConfig:
         attention="xla",
         dtype="float32",
         eval_scenes=1,
+        **changes,
     )
 
 
@@ -131,15 +135,22 @@ def check(families: list[str]) -> None:
 def train(args: argparse.Namespace) -> dict[str, Any] | None:
     """Trains as far as this process may; the report once the run is complete."""
     out: Path = args.out
+    model = tiny_model(args.family) if args.tiny else SMALL_MODELS[args.family]
+    start = read_start(args.start, model) if args.start else None
+    changes: dict[str, Any] = {"hint_share": args.hint_share}
+    if start is not None:  # it has seen easy scenes
+        changes |= {"start": start.checksum, "curriculum_share": 0.0}
     config = (
-        tiny_config(args.family, args.seed)
+        tiny_config(args.family, args.seed, **changes)
         if args.tiny
         else real_config(
             args.family,
             seed=args.seed,
             batch_size=args.batch_size,
+            num_questions=args.num_questions,
             learning_rate=args.learning_rate,
             attention=args.attention,
+            **changes,
         )
     )
     saved = load_state(out, config)
@@ -163,10 +174,11 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
         raise QuotaError("attention 'cudnn' needs an NVIDIA GPU: give --attention xla or --tiny")
     if saved:
         say(f"goes on at step {saved.steps}, {used:.0f} s of {budget:.0f} s used")
+    first = init_state(config, start.params) if start else None
     trainer = Trainer(
         config,
         Programs.compile(config, FAST_COMPILE if args.tiny else None),
-        state=saved.state if saved else None,
+        state=saved.state if saved else first,
         steps=saved.steps if saved else 0,
         curve=saved.curve if saved else None,
     )
@@ -198,6 +210,9 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     blind, _ = trainer.evaluate(batches, seeing=False)
     held_out, _ = trainer.evaluate(batches, held_out=True)
     parts = ["python examples/train_small_vlm.py", f"--family {args.family}"]
+    parts += ["--start EARLIER/model"] if start else []
+    parts += [f"--hint-share {args.hint_share:g}"] if args.hint_share is not None else []
+    parts += [f"--num-questions {args.num_questions}"] if args.num_questions else []
     parts += [f"--minutes {args.minutes:g}", f"--seed {args.seed}", "--out OUT"]
     report: dict[str, Any] = {
         "family": args.family,
@@ -208,6 +223,7 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
         "batch_size": config.batch_size,
         "learning_rate": config.learning_rate,
         "anneal_share": config.anneal_share,
+        "hint_share": config.hint_share,
         "seed": config.seed,
         "dtype": config.dtype,
         "steps": trainer.steps,
@@ -224,6 +240,7 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
         "majority": most_common,
         "held_out": held_out,
         "curve": trainer.curve,
+        "earlier": start.reports if start else [],
     }
     for name in ("seeing", "blind", "held_out"):
         scores = by_topic(report[name])
@@ -247,6 +264,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any] | None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch-size", type=int, help="pictures per step")
     parser.add_argument("--learning-rate", type=float)
+    parser.add_argument("--start", type=Path, help="folder of a trained model to start from")
+    parser.add_argument("--num-questions", type=int, help="questions per picture")
+    parser.add_argument("--hint-share", type=float, help="share of the questions with a hint")
     parser.add_argument("--attention", choices=("cudnn", "xla"))
     parser.add_argument(
         "--eval-scenes", type=int, default=512, help="scenes of the last evaluation"

@@ -16,12 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from safetensors import safe_open
+
 from quota_jax.errors import QuotaError
-from quota_jax.testbed import optimizer
+from quota_jax.testbed import optimizer, small_qwen_path
 from quota_jax.testbed.learning import flops
 from quota_jax.testbed.learning.card import write_card
 from quota_jax.testbed.learning.data import QUESTION_TYPES, Text
-from quota_jax.testbed.learning.models import init_params, tiny_model
+from quota_jax.testbed.learning.models import SMALL_MODELS, init_params, tiny_model
+from quota_jax.testbed.learning.start import read_start
 from quota_jax.testbed.learning.state import INDEX, Saved, load_state, save_state
 from quota_jax.testbed.learning.step import TrainingConfig, TrainState, init_state, loss_fn, plan
 from quota_jax.testbed.learning.trainer import (
@@ -34,6 +37,8 @@ from quota_jax.testbed.learning.trainer import (
 )
 from quota_jax.testbed.optimizer import init_optimizer, orthogonalise, uses_muon
 from quota_jax.testbed.world.layout import EASY, Difficulty
+from quota_jax.testbed.world.questions import draw_requests
+from quota_jax.testbed.world.topics import HINT_TOPICS, TOPICS
 
 FULL = Difficulty()
 
@@ -351,6 +356,36 @@ def test_the_card_is_made_of_json_files(tmp_path):
     (tmp_path / "training.json").write_text("{}")
     with pytest.raises(QuotaError, match=r"training\.json"):
         write_card(tmp_path)
+
+
+def test_training_starts_from_a_trained_model():
+    """The shipped weights, bit for bit, and fresh auxiliary heads."""
+    start = read_start(small_qwen_path(), SMALL_MODELS["qwen2_5_vl"])
+    params = {name: np.asarray(value) for name, value in start.params.items()}
+    with safe_open(next(small_qwen_path().glob("*.safetensors")), "np") as file:
+        keys = [key for key in file.keys() if key.endswith("down_proj.weight")]  # noqa: SIM118
+        stored = {key: file.get_tensor(key).astype(np.float32) for key in keys}
+    for key, value in stored.items():
+        layer = int(key.split("layers.")[-1].split(".")[0]) if "layers." in key else None
+        if "visual" not in key and layer is not None:
+            np.testing.assert_array_equal(params["decoder.layers.mlp.down.weight"][layer], value)
+    assert not params["aux.kind.weight"].any()
+    assert {value.dtype for value in params.values()} == {np.dtype("float32")}
+    assert start.reports[-1]["family"] == "qwen2_5_vl"
+    state = init_state(tiny(), start.params)
+    assert state.params is not start.params
+    with pytest.raises(QuotaError, match="other sizes"):
+        read_start(small_qwen_path(), tiny_model("qwen2_5_vl"))
+
+
+def test_the_share_of_hints():
+    uniforms = np.random.default_rng(0).random((64, 200))
+    for share, expected in ((None, 0.118), (0.5, 0.5), (0.0, 0.0)):
+        topics, _ = draw_requests(uniforms, np, share)
+        hinted = np.isin(topics, [TOPICS.index(name) for name in HINT_TOPICS])
+        assert abs(hinted.mean() - expected) < 0.02
+    with pytest.raises(QuotaError, match="hint_share"):
+        tiny(hint_share=1.0)
 
 
 @pytest.mark.slow

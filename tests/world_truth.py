@@ -144,12 +144,14 @@ def _larger(scene: Scene, word: str, first: str, second: str) -> bool:
 
 
 def truth(scene: Scene, text: str, hint: str = "", options: tuple[str, ...] = ()) -> str:
-    """The answer to a question, by reading it; for choices the letter."""
+    """The answer to a question, by reading it (and its hint); for choices the letter."""
     q = text[:1].lower() + text[1:]
     if options:
         assert len(set(options)) == len(options), options
         answer = _choice(scene, q, hint, options)
         return "ABCDE"[options.index(answer)]
+    if hint:
+        return _choice(scene, q, hint, ())
 
     def yes(value: bool) -> str:
         return "yes" if value else "no"
@@ -210,6 +212,8 @@ def _choice(scene: Scene, q: str, hint: str, options: tuple[str, ...]) -> str:
     if q.startswith("which of these is in the image"):
         return only([o for o in options if matching(scene, o)])
     if m := re.fullmatch(r"who owns the (.+)\?", q):
+        if named := [rule.split()[0] for rule in rules if rule.endswith(f" owns the {m[1]}")]:
+            return only(named)
         o = thing(scene, m[1])
         owners = []
         for rule in rules:
@@ -219,7 +223,7 @@ def _choice(scene: Scene, q: str, hint: str, options: tuple[str, ...]) -> str:
         return only(owners)
     if m := re.fullmatch(r"which person is (\w+)\?", q):
         places = {rule.split(" is at the ")[0]: rule.split(" is at the ")[1] for rule in rules}
-        assert set(places) == set(options)
+        assert set(places) == set(options) or not options
         chosen = extreme([thing(scene, place) for place in places.values()], m[1])
         return only([name for name, place in places.items() if thing(scene, place) is chosen])
     return truth(scene, q)

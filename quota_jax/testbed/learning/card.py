@@ -128,15 +128,8 @@ def _card(report: Mapping[str, Any], sections: Sequence[str]) -> str:
         "benchmarks' wordings (open, yes/no, choices with letters, hints), then a caption that "
         "names everything."
     )
-    recipe = _wrap(
-        f"{report['steps']} steps of {report['batch_size']} pictures ({report['pictures']} in all) "
-        f"in {report['train_seconds']:.0f} s of training ({report['process_seconds']:.0f} s with "
-        f"compilation and evaluation) on one {report['device']} with jax {report['jax']}, seed "
-        f"{report['seed']}: Muon on matrices and AdamW elsewhere at {report['learning_rate']:g}, "
-        f"falling over the last {100 * report['anneal_share']:.0f} % of the time; activations in "
-        f"{report['dtype']}. Helper losses classified the patches (kind, color, letter); their "
-        "heads are not part of the model."
-    )
+    runs = [*report.get("earlier", []), report]
+    recipe = "\n\n".join(f"{_run(run)}\n\n    {run['command']}" for run in runs)
     measure = _wrap(
         f"Exact match in percent on {report['eval_scenes']} scenes, one question of each type "
         'where the scene allows it. "Picture zeroed" is the same model without its eyes; '
@@ -148,7 +141,7 @@ def _card(report: Mapping[str, Any], sections: Sequence[str]) -> str:
         about,
         f"Prompt: {prompt}",
         f"## Data\n\n{data}",
-        f"## Recipe\n\n{recipe}\n\n    {report['command']}",
+        f"## Recipe\n\n{recipe}",
         f"## Accuracy on unseen scenes\n\n{measure}",
         table(["mean", *by_topic(report["seeing"])], topics),
         table([label for label, _ in _ROWS], by_type),
@@ -156,6 +149,21 @@ def _card(report: Mapping[str, Any], sections: Sequence[str]) -> str:
         f"## Known weaknesses\n\n{_weaknesses(report)}",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _run(report: Mapping[str, Any]) -> str:
+    """What one training run did."""
+    share = report.get("hint_share")
+    hints = "" if share is None else f" {100 * share:.0f} % of the questions had a hint."
+    return _wrap(
+        f"{report['steps']} steps of {report['batch_size']} pictures ({report['pictures']} in all) "
+        f"in {report['train_seconds']:.0f} s of training ({report['process_seconds']:.0f} s with "
+        f"compilation and evaluation) on one {report['device']} with jax {report['jax']}, seed "
+        f"{report['seed']}: Muon on matrices and AdamW elsewhere at {report['learning_rate']:g}, "
+        f"falling over the last {100 * report['anneal_share']:.0f} % of the time; activations in "
+        f"{report['dtype']}. Helper losses classified the patches (kind, color, letter); their "
+        f"heads are not part of the model.{hints}"
+    )
 
 
 def _wrap(text: str) -> str:

@@ -88,11 +88,12 @@ def draw_text(
     text_length: int,
     caption_weight: float,
     suffix_share: float,
+    hint_share: float | None = None,
 ) -> Text:
     """Question turns, and a caption as the last turn: first, it would answer them all."""
     keys = jax.random.split(key, 3)
     shape = layout.x.shape[0], num_questions
-    topics, forms = draw_requests(jax.random.uniform(keys[0], shape), jnp)
+    topics, forms = draw_requests(jax.random.uniform(keys[0], shape), jnp, hint_share)
     uniforms = jax.random.uniform(keys[1], (shape[0], num_questions * UNIFORMS_PER_QUESTION))
     questions = ask_layout(layout, uniforms, topics, forms, jnp)
     prompts = prompt_words(questions, jax.random.uniform(keys[2], (*shape, 4)), jnp, suffix_share)

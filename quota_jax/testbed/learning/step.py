@@ -48,6 +48,8 @@ class TrainingConfig:
     anneal_share, curriculum_share: shares of the training time, at its end with a falling learning
         rate, and at its start from easy scenes (flat for the first third) to the full ones.
     suffix_share: how many open questions ask for a short answer, as the benchmarks do.
+    hint_share: share of the questions with a hint; None: that of the usual mix.
+    start: what the parameters start from, by checksum; "" is a start from scratch.
     attention: "cudnn" (NVIDIA GPU) or "xla".
     """
 
@@ -64,6 +66,8 @@ class TrainingConfig:
     aux_weight: float = 1.0
     caption_weight: float = 0.5
     suffix_share: float = 0.85
+    hint_share: float | None = None
+    start: str = ""
     attention: str = "cudnn"
     dtype: str = "bfloat16"
     eval_scenes: int = 32
@@ -73,6 +77,8 @@ class TrainingConfig:
             raise QuotaError(f"attention must be 'cudnn' or 'xla', not {self.attention!r}")
         if not 0 < self.anneal_share <= 1:
             raise QuotaError(f"anneal_share must lie in (0, 1], not {self.anneal_share}")
+        if self.hint_share is not None and not 0 <= self.hint_share < 1:
+            raise QuotaError(f"hint_share must lie in [0, 1), not {self.hint_share}")
         for name in ("batch_size", "num_questions", "eval_scenes"):
             if getattr(self, name) < 1:
                 raise QuotaError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -108,8 +114,10 @@ class Knobs(NamedTuple):
     difficulty: Difficulty
 
 
-def init_state(config: TrainingConfig) -> TrainState:
-    params = init_params(config.model, config.seed)
+def init_state(config: TrainingConfig, params: Params | None = None) -> TrainState:
+    """The first state; ``params`` None: random ones of the configuration's seed."""
+    if params is None:
+        params = init_params(config.model, config.seed)
     params = {name: jnp.asarray(value) for name, value in params.items()}
     return TrainState(params, init_optimizer(params))
 
@@ -218,6 +226,7 @@ def draw(
         text_length=config.text_length,
         caption_weight=config.caption_weight,
         suffix_share=config.suffix_share,
+        hint_share=config.hint_share,
     )
 
 

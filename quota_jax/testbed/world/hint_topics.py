@@ -1,4 +1,4 @@
-"""Questions that need a hint in words and the picture together; always a choice of names."""
+"""Questions that need a hint in words, and all but one of them the picture too; names answer them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 from quota_jax.testbed.world.asker import HINT_SLOTS, MAX_OPTIONS, Asker, Column, Topic
 from quota_jax.testbed.world.facts import APART
 from quota_jax.testbed.world.layout import pick
+from quota_jax.testbed.world.vocabulary import ID
 from quota_jax.testbed.world.words import (
     COLOR_IDS,
     EXTREME_IDS,
@@ -124,6 +125,37 @@ def person_at(a: Asker) -> Topic:
         best,
         possible,
         hint=_hint(a, entry, names, order, number),
+        names=names,
+        num_names=number,
+    )
+
+
+def named_owner(a: Asker) -> Topic:
+    """Reads the hint alone: the question names what is owned. Training only, see MIX."""
+    xp = a.xp
+    names, order, number = _people(a)
+    place = xp.minimum((a.coin(20) * number).astype(np.int32), number - 1)
+    by_color = a.coin(21) < 0.5
+    colors = xp.argsort(a.color_score, axis=-1)[..., :MAX_OPTIONS]
+    kinds = xp.argsort(a.kind_score, axis=-1)[..., :MAX_OPTIONS]
+
+    def owned(option: Any) -> list[Column]:
+        color, kind = (
+            xp.take_along_axis(values, option[..., None], axis=-1)[..., 0]
+            for values in (colors, kinds)
+        )
+        return [
+            xp.where(by_color, xp.asarray(COLOR_IDS)[color], xp.asarray(PLURAL_IDS)[kind]),
+            xp.where(by_color, ID["objects"], HOLE),
+        ]
+
+    return Topic(
+        ["who", "owns", "the", *owned(place), "?"],
+        place,
+        a.full(True),
+        hint=_hint(
+            a, lambda name, option: [name, "owns", "the", *owned(option)], names, order, number
+        ),
         names=names,
         num_names=number,
     )

@@ -183,9 +183,9 @@ def ask_layout(
     """One question per entry of `topics` and `forms` [B, Q].
 
     `uniforms` is [B, Q * UNIFORMS_PER_QUESTION]. Where the scene does not allow a topic a presence
-    question stands in. Yes/no topics are always open, inventory and hint topics always choices, and
-    size never a choice (it is then open); `Questions.topic` and `form` tell. Choices have 2 to 4
-    options (`num_options` fixes it), hints bring 2 to 5.
+    question stands in. Yes/no topics are always open, inventory is always a choice, size never (it
+    is then open), and no hint is claimed (it is then a choice); `Questions.topic` and `form` tell.
+    Choices have 2 to 4 options (`num_options` fixes it), hints bring 2 to 5.
     """
     a = Asker(layout, uniforms, topics.shape[1], xp)
     built: list[Topic] = [build(a) for build in BUILDERS]
@@ -197,6 +197,7 @@ def ask_layout(
     forms = xp.where(no_choice & (forms == CHOICE), OPEN, forms)
     forms = xp.where(xp.asarray(_member(CHOICE_TOPICS))[topics], CHOICE, forms)
     hinted = xp.asarray(_member(HINT_TOPICS))[topics]
+    forms = xp.where(hinted & (forms == CLAIM), CHOICE, forms)
 
     empty = xp.full((*topics.shape, ANSWER_SLOTS), -1, dtype=np.int32)
     value, codes = a.full(-1), empty
@@ -217,7 +218,9 @@ def ask_layout(
     # Wrong answers, and the true one at their head: [B, Q, 5, 6].
     table = xp.asarray(VALUE_IDS)
     spelled = (value < 0)[..., None]
-    truth = xp.where(spelled, spell(codes, xp), table[xp.maximum(value, 0)])
+    named = xp.take_along_axis(names, xp.clip(value, 0, MAX_OPTIONS - 1)[..., None], axis=-1)[..., 0]
+    row = xp.where(hinted, NAME_START + named, xp.maximum(value, 0))
+    truth = xp.where(spelled, spell(codes, xp), table[row])
     inventory = topics == TOPICS.index("inventory")
     wrong = xp.where(
         spelled[..., None],
@@ -277,16 +280,30 @@ MIX: tuple[tuple[str, str, float], ...] = (
     ("sign_color", "claim", 0.3), ("sign_color", "choice", 0.4), ("sign_neighbor", "open", 0.8),
     ("sign_neighbor", "claim", 0.3), ("sign_neighbor", "choice", 0.4), ("sum", "open", 0.5),
     ("sum", "claim", 0.6), ("sum", "choice", 0.3), ("inventory", "choice", 0.8),
-    ("owner_of_color", "choice", 0.9), ("owner_of_kind", "choice", 0.9),
-    ("person_at", "choice", 0.9),
+    ("owner_of_color", "open", 0.5), ("owner_of_color", "choice", 0.9),
+    ("owner_of_kind", "open", 0.5), ("owner_of_kind", "choice", 0.9),
+    ("person_at", "open", 0.5), ("person_at", "choice", 0.9), ("named_owner", "open", 0.4),
+    ("named_owner", "choice", 0.4),
 )  # fmt: skip
-_MIX_BOUNDS = np.cumsum([weight for *_, weight in MIX]) / sum(weight for *_, weight in MIX)
+_MIX_WEIGHTS = np.array([weight for *_, weight in MIX]) / sum(weight for *_, weight in MIX)
+_MIX_HINTED = np.array([topic in HINT_TOPICS for topic, *_ in MIX])
 _MIX_TOPICS = np.array([TOPICS.index(topic) for topic, *_ in MIX], np.int32)
 _MIX_FORMS = np.array([FORMS.index(form) for _, form, _ in MIX], np.int32)
 
 
-def draw_requests(uniforms: Any, xp: Any = np) -> tuple[Any, Any]:
-    """Topics and forms [B, Q] of the training mix from uniforms [B, Q]."""
-    bounds = xp.asarray(_MIX_BOUNDS[:-1].astype(np.float32))
+def draw_requests(
+    uniforms: Any, xp: Any = np, hint_share: float | None = None
+) -> tuple[Any, Any]:
+    """Topics and forms [B, Q] of the training mix from uniforms [B, Q].
+
+    ``hint_share`` makes the questions with a hint that share of all, in place of MIX's.
+    """
+    weights = _MIX_WEIGHTS
+    if hint_share is not None:
+        usual = weights[_MIX_HINTED].sum()
+        weights = weights * np.where(
+            _MIX_HINTED, hint_share / usual, (1 - hint_share) / (1 - usual)
+        )
+    bounds = xp.asarray(np.cumsum(weights)[:-1].astype(np.float32))
     index = (uniforms[..., None] >= bounds).sum(-1)
     return xp.asarray(_MIX_TOPICS)[index], xp.asarray(_MIX_FORMS)[index]

@@ -12,13 +12,13 @@ from quota_jax.testbed.world.asker import Asker, Topic
 TOPICS: tuple[str, ...] = (
     "presence", "color", "position", "count", "relation", "neighbor", "shape", "size", "binding",
     "neighbor_color", "two_hop", "more", "reading", "sign_color", "sign_neighbor", "sum",
-    "inventory", "owner_of_color", "owner_of_kind", "person_at",
+    "inventory", "owner_of_color", "owner_of_kind", "person_at", "named_owner",
 )  # fmt: skip
-"""Topics in the order of `Questions.topic`. The last four exist as choices only; the last three
-need a hint."""
+"""Topics in the order of `Questions.topic`. Inventory exists as a choice only; the last four need a
+hint, and the very last needs nothing else: it teaches to read hints."""
 YES_NO_TOPICS = ("presence", "relation", "more")
-HINT_TOPICS = ("owner_of_color", "owner_of_kind", "person_at")
-CHOICE_TOPICS = ("inventory", *HINT_TOPICS)
+HINT_TOPICS = ("owner_of_color", "owner_of_kind", "person_at", "named_owner")
+CHOICE_TOPICS = ("inventory",)
 NO_CHOICE_TOPICS = (*YES_NO_TOPICS, "size")
 """Topics that never take the form of a choice among options."""
 
@@ -43,5 +43,6 @@ BUILDERS: tuple[Callable[[Asker], Topic], ...] = (
     hints.owner_of_color,
     hints.owner_of_kind,
     hints.person_at,
+    hints.named_owner,
 )
 """One per entry of TOPICS."""

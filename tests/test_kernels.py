@@ -15,10 +15,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_me
 
 import pallas_kernels.attention.api as attention_api
 import pallas_kernels.int4_matmul.api as matmul_api
+import pallas_kernels.int4_matmul.reference as matmul_reference
 from pallas_kernels.accelerator import Gpu, find_gpu
 from pallas_kernels.attention import BLOCK, causal_attention
 from pallas_kernels.dispatch import choices
-from pallas_kernels.int4_matmul import int4_matmul
+from pallas_kernels.int4_matmul import int4_matmul, integer_matmul
 from pallas_kernels.kv4_attention import (
     decode_attention,
     dense_decode_attention,
@@ -163,6 +164,18 @@ def test_a_named_implementation_that_cannot_run_fails_loudly(monkeypatch, impl, 
     codes, scale = quantize_weight(jnp.asarray(random(128, 128)), 4)
     with pytest.raises(ValueError, match=words):
         int4_matmul(x, x_scale, pack_int4(codes), scale, impl=impl)
+
+
+def test_int8_products_are_refused_where_xla_gets_them_wrong(monkeypatch):
+    rows = jnp.ones((2, 8), jnp.int8), jnp.ones(2), jnp.ones((4, 8), jnp.int8), jnp.ones(4)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_foo=1 --xla_gpu_autotune_level=0")
+    assert float(integer_matmul(*rows)[0, 0]) == 8  # no GPU
+    gpu = Gpu(capability=(9, 0), num_sms=132)
+    monkeypatch.setattr(matmul_reference, "find_gpu", lambda: gpu)
+    with pytest.raises(ValueError, match="autotune_level=0"):
+        integer_matmul(*rows)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
+    assert float(integer_matmul(*rows)[0, 0]) == 8
 
 
 def test_auto_follows_the_gpu_and_the_shape(monkeypatch):

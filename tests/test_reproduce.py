@@ -59,10 +59,13 @@ def test_a_study_runs_each_row_once_and_writes_its_table(study, tmp_path):
         Row(label="4 bits", weights=ROUNDED),
         Row(label="derived", weights=ROUNDED, recipe=Derived(keep=0.5)),
         Row(label="the same again", weights=ROUNDED),
+        Row(label="gray", blind=True),
     )
     told: list[str] = []
-    assert study.run(rows, told.append)
-    assert sum("questions in" in line for line in told) == 4
+    assert study.run(rows, told.append, only="weights")  # no run is begun
+    assert not any(study.complete(row) for row in rows)
+    assert study.run(rows, told.append, threads=2, only="runs")
+    assert sum("questions in" in line for line in told) == 5
     assert sum("calibrated" in line for line in told) == 1
     assert study.run(rows, lambda line: pytest.fail(line))  # nothing is left to do
 
@@ -72,7 +75,9 @@ def test_a_study_runs_each_row_once_and_writes_its_table(study, tmp_path):
     assert derived["stages"][-1]["keep"] == 0.5
     assert study.sensitivities(ROUNDED).values[0] > 0
 
-    table = Table(name="x", title="Some rows", rows=rows)
+    missing = Row(label="missing", weights=ROUNDED, recipe=Derived(keep=0.1))
+    pairs = ((rows[3], rows[2]), (rows[1], missing))
+    table = Table(name="x", title="Some rows", rows=(*rows, missing), pairs=pairs)
     provenance = {"command": "quota-jax reproduce --what x"}
     paper = PAPER["table3"].markdown()
     found, text, card = write_table(
@@ -85,6 +90,11 @@ def test_a_study_runs_each_row_once_and_writes_its_table(study, tmp_path):
     assert entries["half"]["facts"] == {"LLM FLOPs": "50 %"}
     assert entries["4 bits"]["scores"] == entries["the same again"]["scores"]
     assert entries["4 bits"]["questions"] == {"tiny": 8}
+    assert [(pair["label"], pair["baseline"]) for pair in content["pairs"]] == [
+        ("derived", "4 bits")
+    ]
+    assert content["left out"] == ["missing: not run"]
+    assert "## In pairs" in text.read_text()
     lines = text.read_text().splitlines()
     assert sum(line.startswith("| half | 50 % |") for line in lines) == 1
     assert "| collaborative | 57.47 | 1688.72 | 57.97 | 84.83 | 62.1 | 62.96 | 95.65 |" in lines
@@ -104,7 +114,7 @@ def test_a_row_that_fails_is_told_after_the_others_are_run(study):
     good = Row(label="8 bits", weights=Weights(method="rtn", bits="W8A8"))
     with pytest.raises(QuotaError, match="1 rows failed, first bad: QuotaError: weight_bits must"):
         study.run((bad, good), lambda line: None)
-    assert study._complete(good)
+    assert study.complete(good)
 
 
 @pytest.mark.parametrize("family", list(SMALL_MODELS))

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.accelerator import find_gpu
 from pallas_kernels.packing import unpack_int4
+
+UNTUNED = "--xla_gpu_autotune_level=0"
+"""With this flag all products were zero (jax 0.11.2, one H100 80GB and one H200), silently."""
 
 
 def integer_matmul(
@@ -16,7 +22,13 @@ def integer_matmul(
     scale: Float[Array, " N"],
 ) -> Float[Array, "M N"]:
     """``(x codes^T) * x_scale * scale`` with int32 accumulation, multiplied in that order in
-    float32."""
+    float32.
+
+    Raises:
+      ValueError: there is a GPU, and XLA is told not to tune: it then computes int8 products wrong.
+    """
+    if find_gpu() is not None and UNTUNED in os.environ.get("XLA_FLAGS", "").split():
+        raise ValueError(f"XLA's int8 products are wrong on a GPU with {UNTUNED} in XLA_FLAGS")
     accumulator = jax.lax.dot_general(
         x.astype(jnp.int8),
         codes.astype(jnp.int8),

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image
 
 from quota_jax.errors import QuotaError
+from quota_jax.evaluate.task import PictureSource
 from quota_jax.processing.hugging_face import first_line, without_warnings
 from quota_jax.processing.images import default_pixel_limit, open_picture
 
@@ -161,3 +162,18 @@ def _rgb(picture: Image.Image, name: str) -> Image.Image:
             return picture.convert("RGB")
     except Exception as error:  # modes that Pillow cannot convert
         raise QuotaError(f"{name}: cannot be converted to RGB: {first_line(error)}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class GrayPicture:
+    """A picture of the size of another one in the mean color of CLIP's normalisation, so that a
+    model gets zeros: what is answered to it is answered blind."""
+
+    of: PictureSource
+
+    @property
+    def name(self) -> str:
+        return f"{self.of.name} (gray)"
+
+    def load(self) -> Image.Image:
+        return Image.new("RGB", self.of.load().size, (123, 117, 104))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from quota_jax.reproduce.tables import Table
 
 
 def collect(study: Study, table: Table) -> list[dict[str, Any]]:
-    """One entry a row: label, facts, scores in the tasks' own units, mean retention and retention
-    above chance of the row's run against the baseline's, as fractions with 95 % intervals."""
+    """One entry for each row that was run: label, facts, scores in the tasks' own units, mean
+    retention and retention above chance of the row's run against the baseline's, as fractions with
+    95 % intervals."""
     entries = []
-    for row in table.rows:
+    for row in filter(study.complete, table.rows):
         baseline = None if row.run_name == table.baseline.run_name else table.baseline
         summary = study.summary(row, baseline)
         entries.append(_entry(row, summary))
@@ -68,12 +70,15 @@ def write_table(
     with the paper's own figures.
     """
     entries = collect(study, table)
+    unrun = [f"{row.label}: not run" for row in table.rows if not study.complete(row)]
+    table = dataclasses.replace(table, notes=(*table.notes, *unrun))
     content = {"table": table.name, "title": table.title, **provenance, "rows": entries}
+    pairs = content["pairs"] = collect_pairs(study, table)
     content["left out"] = list(table.notes)
     folder.mkdir(parents=True, exist_ok=True)
     files = tuple(folder / f"{table.name}.{ending}" for ending in ("json", "md", "card.json"))
     write_file(files[0], encode_json(content, str(files[0])))
-    write_file(files[1], markdown(table, entries, provenance, paper).encode())
+    write_file(files[1], markdown(table, entries, provenance, paper, pairs).encode())
     card = for_card(table, entries, provenance)
     write_file(files[2], encode_json(card, str(files[2])))
     return files
@@ -84,6 +89,7 @@ def markdown(
     entries: Sequence[Mapping[str, Any]],
     provenance: Mapping[str, Any],
     paper: Sequence[str] = (),
+    pairs: Sequence[Mapping[str, Any]] = (),
 ) -> str:
     """The table for readers."""
     tasks = list(entries[0]["scores"])
@@ -109,12 +115,54 @@ def markdown(
         "of (score - chance) / (baseline - chance). In brackets: paired 95 % intervals, bootstrap "
         f"over questions. Questions: {counts}.",
         "",
+        *_means(entries),
+        *_pairs(pairs),
         *(f"- {name}: {value}" for name, value in provenance.items()),
         *(f"- left out: {note}" for note in table.notes),
         *(["", *paper] if paper else []),
         "",
     ]
     return "\n".join(lines)
+
+
+def collect_pairs(study: Study, table: Table) -> list[dict[str, Any]]:
+    """Retention of rows against other rows than the table's baseline, where both were run."""
+    found = []
+    for row, other in table.pairs:
+        if study.complete(row) and study.complete(other):
+            entry = _entry(row, study.summary(row, other))
+            found.append({"baseline": other.label, **entry})
+    return found
+
+
+SEED = re.compile(r" \(seed \d+\)$")
+
+
+def _means(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Mean and range of the retention of rows that differ in their seed only, as Markdown."""
+    groups: dict[str, list[float]] = {}
+    for entry in entries:
+        if SEED.search(entry["label"]) and entry["retention"] is not None:
+            name = SEED.sub("", entry["label"])
+            groups.setdefault(name, []).append(100 * entry["retention"]["value"])
+    if not groups:
+        return []
+    lines = ["## Retention over calibration seeds", ""]
+    lines += [_line(["", "seeds", "mean", "lowest", "highest"]), _line(["---", *["---:"] * 4])]
+    for name, values in groups.items():
+        cells = (sum(values) / len(values), min(values), max(values))
+        lines.append(_line([name, str(len(values)), *(f"{value:.1f}" for value in cells)]))
+    return [*lines, ""]
+
+
+def _pairs(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Rows against each other, as Markdown."""
+    if not pairs:
+        return []
+    lines = ["## In pairs", "", _line(["", "against", "retention"]), _line(["---", "---", "---:"])]
+    for pair in pairs:
+        lines.append(_line([pair["label"], pair["baseline"], percent(pair["retention"])]))
+    return [*lines, ""]
 
 
 def percent(interval: Mapping[str, Any] | None) -> str:

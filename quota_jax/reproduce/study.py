@@ -11,7 +11,8 @@ import fcntl
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +24,7 @@ import numpy as np
 from quota_jax.checkpoint import Checkpoint, open_checkpoint
 from quota_jax.errors import QuotaError
 from quota_jax.evaluate.folder import PREDICTIONS, read_answers
+from quota_jax.evaluate.pictures import GrayPicture
 from quota_jax.evaluate.runner import Evaluation
 from quota_jax.evaluate.summary import Summary, summarize
 from quota_jax.evaluate.task import Instance, Task
@@ -90,7 +92,8 @@ class Row:
     """One line of a table: weights (None: full precision) under a recipe.
 
     recipe: None takes the checkpoint's own, that is none where calibration stored none. facts:
-    further columns. measured: memory and power are measured while it runs (`deployment`).
+    further columns. measured: memory and power are measured while it runs (`deployment`). blind:
+    all pictures are gray.
     """
 
     label: str
@@ -98,6 +101,7 @@ class Row:
     recipe: Recipe | Derived | None = None
     facts: tuple[tuple[str, str], ...] = ()
     measured: bool = False
+    blind: bool = False
 
     @property
     def run_name(self) -> str:
@@ -109,6 +113,7 @@ class Row:
             recipe = dataclasses.asdict(self.recipe)
         stem = self.weights.name if self.weights else "full"
         stem += "_measured" if self.measured else ""
+        stem += "_blind" if self.blind else ""
         if recipe is None:
             return stem
         digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:10]
@@ -212,7 +217,7 @@ class Study:
         Raises:
           Busy: another process is measuring them.
         """
-        file = self.out / "sensitivities" / f"{weights.name}.json"
+        file = self._measured(weights)
         if not file.exists():
             quantized = open_checkpoint(self.checkpoint(weights))
             with self._alone(f"sensitivities_{weights.name}"):
@@ -241,23 +246,52 @@ class Study:
         measured = self.sensitivities(row.weights)
         return derived_recipe(self.reference.config, options, chosen, measured)[0]
 
-    def run(self, rows: Sequence[Row], log: Log = print, *, until: float | None = None) -> bool:
+    def run(
+        self,
+        rows: Sequence[Row],
+        log: Log = print,
+        *,
+        until: float | None = None,
+        threads: int = 1,
+        only: str | None = None,
+    ) -> bool:
         """Runs what is missing; False where time was up before all of it was there.
 
         Work that other processes hold is waited for at the end. ``until``: on `time.monotonic`,
         after which no other run is begun. A row that fails does not keep others from being run.
+        ``threads``: rows at a time; they share the device, so that one is compiled while another
+        one runs. ``only``: "weights" calibrates and measures sensitivities, "runs" leaves that to
+        other processes and waits for it.
 
         Raises:
           QuotaError: rows failed; the first one's reason, after all others were run.
         """
-        waiting = [row for row in rows if not self._complete(row)]
+        _ = self.questions, self.reference  # read once, before threads ask for them
+        with ThreadPoolExecutor(threads) as pool:
+            works = [pool.submit(self._work, rows, log, until, only) for _ in range(threads)]
+            results = [work.result() for work in works]
+        failed = [each for _, reasons in results for each in reasons]
+        if failed:
+            raise QuotaError(f"{len(failed)} rows failed, first {failed[0][:500]}")
+        return all(done for done, _ in results)
+
+    def _work(
+        self, rows: Sequence[Row], log: Log, until: float | None, only: str | None
+    ) -> tuple[bool, list[str]]:
+        """One thread of `run`: whether time sufficed, and the reasons of rows that failed."""
+        waiting = [row for row in rows if not self.complete(row)]
         failed: list[str] = []
         while waiting:
             left = []
             for row in waiting:
                 if until is not None and time.monotonic() >= until:
-                    return False
+                    return False, failed
                 try:
+                    if only == "weights":
+                        self._prepare(row, log)
+                        continue
+                    if only == "runs" and not self._prepared(row):
+                        raise Busy(row.label)
                     self._evaluate(row, log)
                 except Busy:
                     left.append(row)
@@ -266,21 +300,36 @@ class Study:
                     log(f"failed: {failed[-1][:2000]}")
             if left and len(left) == len(waiting):
                 time.sleep(0.5)
-            waiting = [row for row in left if not self._complete(row)]
-        if failed:
-            raise QuotaError(f"{len(failed)} rows failed, first {failed[0][:500]}")
-        return True
+            waiting = [row for row in left if not self.complete(row)]
+        return True, failed
+
+    def _prepare(self, row: Row, log: Log) -> None:
+        """Makes what a row needs before it can be run."""
+        self.checkpoint(row.weights, log)
+        self.recipe(row)
+
+    def _prepared(self, row: Row) -> bool:
+        if row.weights is None:
+            return True
+        if not (self.out / "checkpoints" / row.weights.name).exists():
+            return False
+        return not isinstance(row.recipe, Derived) or self._measured(row.weights).exists()
+
+    def _measured(self, weights: Weights) -> Path:
+        """Where the sensitivities of weights are."""
+        return self.out / "sensitivities" / f"{weights.name}.json"
 
     def folder(self, row: Row) -> Path:
         """Where the run of a row is."""
         return self.out / "runs" / row.run_name
 
-    def _complete(self, row: Row) -> bool:
+    def complete(self, row: Row) -> bool:
+        """Whether the run of a row is there."""
         return (self.folder(row) / PREDICTIONS).exists()
 
     def _evaluate(self, row: Row, log: Log) -> None:
         with self._alone(f"run_{row.run_name}"):
-            if self._complete(row):
+            if self.complete(row):
                 return
             evaluation = Evaluation(
                 checkpoint=self.checkpoint(row.weights, log),
@@ -293,7 +342,7 @@ class Study:
                 workers=self.workers,
                 max_new_tokens=self.max_new_tokens,
                 text_buckets=None if self.text_bucket is None else (self.text_bucket,),
-                questions=self.questions,
+                questions=_blinded(self.questions) if row.blind else self.questions,
             )
             if row.measured:
                 with self._alone("measurement"):  # others would share the device's power
@@ -332,3 +381,12 @@ class Study:
             except BlockingIOError:
                 raise Busy(name) from None
             yield
+
+
+def _blinded(questions: Mapping[str, Sequence[Instance]]) -> dict[str, list[Instance]]:
+    """The same questions about gray pictures."""
+
+    def blind(each: Instance) -> Instance:
+        return dataclasses.replace(each, pictures=tuple(map(GrayPicture, each.pictures)))
+
+    return {name: list(map(blind, part)) for name, part in questions.items()}

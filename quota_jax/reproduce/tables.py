@@ -53,18 +53,20 @@ class Plan:
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """title, rows, and the row that all are compared with. notes: what the rows leave out, and
-    why."""
+    why. pairs: rows that are compared with each other too, the second one being the baseline."""
 
     name: str
     title: str
     rows: tuple[Row, ...]
     baseline: Row = FULL
     notes: tuple[str, ...] = ()
+    pairs: tuple[tuple[Row, Row], ...] = ()
 
 
 def scores(plan: Plan) -> Table:
-    """The model itself."""
-    return Table(name="scores", title=f"Full precision ({plan.config.model_type})", rows=(FULL,))
+    """The model itself, and what it answers when all pictures are gray."""
+    title = f"Full precision ({plan.config.model_type})"
+    return Table(name="scores", title=title, rows=(FULL, Row(label="gray pictures", blind=True)))
 
 
 def keep_table(plan: Plan) -> Table:
@@ -138,17 +140,32 @@ def table3(plan: Plan) -> Table:
     for keep in (KEEP, 0.1):
         share = f"{100 * keep:g} %"
         rows.append(Row(label=f"prune-only {share}", recipe=equal(config, keep)))
+    pairs = []
     for bits in LOW_BIT:
         for seed in plan.seeds:
             plain = flatquant(bits, seed)
             rows.append(Row(label=_label(f"{bits} quant-only", seed, plan), weights=plain))
-            for keep in (KEEP, 0.1):
-                rows += _joint(config, bits, seed, keep, plan)
-    return Table(name="table3", title="Stage-wise and joint variants (Table 3)", rows=tuple(rows))
+        for keep in (KEEP, 0.1):
+            for seed in plan.seeds:
+                joint = _joint(config, bits, seed, keep, plan)
+                rows += joint.values()
+                collaborative = joint["collaborative"]
+                pairs += [
+                    (collaborative, joint["quantize-then-prune"]),
+                    (collaborative, joint["prune-then-quantize"]),
+                    (joint["co-calibrated"], collaborative),
+                ]
+    return Table(
+        name="table3",
+        title="Stage-wise and joint variants (Table 3)",
+        rows=tuple(rows),
+        pairs=tuple(pairs),
+    )
 
 
-def _joint(config: ModelConfig, bits: str, seed: int, keep: float, plan: Plan) -> list[Row]:
-    """The variants that prune and quantize, and what separates QUOTA's parts from each other."""
+def _joint(config: ModelConfig, bits: str, seed: int, keep: float, plan: Plan) -> dict[str, Row]:
+    """The variants that prune and quantize, and what separates QUOTA's parts from each other, by
+    name."""
     plain, share = flatquant(bits, seed), f"{100 * keep:g} %"
     pruned = flatquant(bits, seed, variant="prune-then-quantize", keep=keep)
     deployed = flatquant(bits, seed, variant="co-calibrated", keep=keep)
@@ -159,18 +176,20 @@ def _joint(config: ModelConfig, bits: str, seed: int, keep: float, plan: Plan) -
     )
     without_residual = selector(QuantizationConfig.parse(bits), residual=False).weights
 
-    def row(name: str, weights: Weights, recipe: Recipe | Derived | None) -> Row:
-        label = _label(f"{bits} {name} {share}", seed, plan)
-        return Row(label=label, weights=weights, recipe=recipe)
-
-    return [
-        row("quantize-then-prune", plain, equal(config, keep, bits)),
-        row("  + schedule only", plain, Derived(keep=keep, weights=without_residual)),
-        row("  + residual only", plain, with_residual),
-        row("prune-then-quantize", pruned, None),
-        row("collaborative", plain, Derived(keep=keep)),
-        row("co-calibrated", deployed, None),
-    ]
+    given: dict[str, tuple[Weights, Recipe | Derived | None]] = {
+        "quantize-then-prune": (plain, equal(config, keep, bits)),
+        "+ schedule only": (plain, Derived(keep=keep, weights=without_residual)),
+        "+ residual only": (plain, with_residual),
+        "prune-then-quantize": (pruned, None),
+        "collaborative": (plain, Derived(keep=keep)),
+        "co-calibrated": (deployed, None),
+    }
+    return {
+        name: Row(
+            label=_label(f"{bits} {name} {share}", seed, plan), weights=weights, recipe=recipe
+        )
+        for name, (weights, recipe) in given.items()
+    }
 
 
 def table4(plan: Plan) -> Table:

@@ -84,6 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("tables", nargs="+", metavar="TABLE")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--seconds", type=float, help="begin nothing new after this time")
+    parser.add_argument("--threads", type=int, default=1, help="rows at a time in this process")
+    parser.add_argument("--only", choices=("weights", "runs"), help="what this process does")
     for name in SETTINGS:
         kind = Path if name in SETTINGS[:3] else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="of a new study")
@@ -101,7 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             study = begin_study(args.folder, {name: getattr(args, name) for name in SETTINGS})
         plan = plan_of(study, args.seeds)
         tables = [make_table(name, plan) for name in args.tables]
-        done = [study.run(table.rows, log, until=until) for table in tables]
+        done = [
+            study.run(table.rows, log, until=until, threads=args.threads, only=args.only)
+            for table in tables
+        ]
     except QuotaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -102,15 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             study = begin_study(args.folder, {name: getattr(args, name) for name in SETTINGS})
         plan = plan_of(study, args.seeds)
-        tables = [make_table(name, plan) for name in args.tables]
-        done = [
-            study.run(table.rows, log, until=until, threads=args.threads, only=args.only)
-            for table in tables
-        ]
+        rows = [row for name in args.tables for row in make_table(name, plan).rows]
+        done = study.run(rows, log, until=until, threads=args.threads, only=args.only)
     except QuotaError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0 if all(done) else 3
+    return 0 if done else 3
 
 
 if __name__ == "__main__":

@@ -40,7 +40,10 @@ def choices() -> list[tuple[str, str, str]]:
         ("int4_matmul", f"{tokens} tokens, 22016 x 4096", matmul(tokens, 22016, 4096))
         for tokens in (1, 8, 640)
     ]
-    rows.append(("transform_quantize", "rows of 4096", quantize(4096)))
+    rows += [
+        ("transform_quantize", f"{tokens} tokens, 4096", quantize(tokens, 4096))
+        for tokens in (1, 640)
+    ]
     rows.append(("kv4_append", "any", append()))
     rows.append(("kv4_attention", "32 heads of 128", decode(128)))
     for dtype in ("bfloat16", "float32"):

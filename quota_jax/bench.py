@@ -17,7 +17,7 @@ import numpy as np
 
 from quota_jax.batch import Batch
 from quota_jax.config import LlavaConfig, ModelConfig, QwenVlConfig
-from quota_jax.generation import decode_chunk, prefill, room_for, start
+from quota_jax.generation import DecodeState, decode_chunk, prefill, room_for, start
 from quota_jax.models.params import abstract_params, build_model
 from quota_jax.models.vision_language import VisionLanguageModel
 from quota_jax.processing.buckets import Buckets, Shape, assemble
@@ -75,6 +75,8 @@ def _random(key: Any, leaf: str, quantized: bool, spec: jax.ShapeDtypeStruct) ->
     if leaf == "scale":
         # Codes of 4 bits have a spread of 4.6: rows of some thousands then keep their size.
         return jnp.full(shape, 0.003 if quantized else 1.0, dtype)
+    if leaf == "clip":
+        return jnp.ones(shape, dtype)
     if leaf == "bias" or len(shape) < 2:
         return jnp.zeros(shape, dtype)
     # One layer at a time: float32 draws of a whole stack would be the largest arrays of all.
@@ -185,6 +187,52 @@ def measure(
         peak_bytes=stats.get("peak_bytes_in_use"),
         compile=compiled,
     )
+
+
+def filled_state(
+    model: VisionLanguageModel,
+    recipe: Recipe,
+    *,
+    batch_size: int,
+    text_tokens: int = 64,
+    new_tokens: int = 64,
+) -> DecodeState:
+    """Slots as after the prefill of ``example_batch``, which is not run: caches of its size hold
+    zeros and are full but for the room for new tokens (at most 63 tokens more than it would
+    leave)."""
+    batch = example_batch(model.config, batch_size, text_tokens)
+    sampling = Sampling.make(batch_size, max_new=1 << 20)
+    room = room_for(new_tokens + 1)
+
+    def begin(model, batch):
+        logits, cache = prefill(model, batch, recipe=recipe, max_new_tokens=room)
+        return start(logits, cache, sampling, room=room, sampled=False)
+
+    empty = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(begin, model, batch))
+    groups = tuple(
+        dataclasses.replace(group, lengths=group.lengths + (group.capacity - room))
+        for group in empty.groups
+    )
+    position = empty.position + jnp.asarray(batch.lengths)
+    sampling = jax.tree.map(jnp.asarray, sampling)
+    return dataclasses.replace(empty, groups=groups, position=position, sampling=sampling)
+
+
+def measure_decoding(
+    model: VisionLanguageModel, recipe: Recipe, *, new_tokens: int = 64, **shape: int
+) -> float:
+    """Seconds of one decode step for the whole batch, median of three warm runs, without a prefill
+    to compile. ``shape``: see ``filled_state``."""
+
+    def decode() -> float:
+        state = filled_state(model, recipe, new_tokens=new_tokens, **shape)
+        jax.block_until_ready(state)
+        begun = time.perf_counter()
+        np.asarray(decode_chunk(model, state, jnp.int32(new_tokens)).last)
+        return (time.perf_counter() - begun) / new_tokens
+
+    decode()
+    return statistics.median(decode() for _ in range(3))
 
 
 def _median(call: Callable[[], Any], repeats: int) -> float:

@@ -14,7 +14,7 @@ from tiny_qwen import TinyQwen
 from tiny_qwen import hf_config as qwen_config
 
 import quota_jax.config as configs
-from quota_jax.bench import example_batch, measure, random_model
+from quota_jax.bench import example_batch, filled_state, measure, measure_decoding, random_model
 from quota_jax.cli import main
 from quota_jax.config import ModelConfig, QwenVlConfig, config_from_hf
 from quota_jax.generation import forward
@@ -51,14 +51,42 @@ def test_a_measurement_counts_tokens_and_bytes(family: str, label: str):
     assert result.weight_bytes > result.cache_bytes > 0
 
 
+def test_decoding_alone_has_the_caches_of_a_prefill():
+    config = tiny("llava")
+    quantization = QuantizationConfig.parse("W4A4KV4", method="flatquant")
+    model = random_model(config, quantization, jnp.bfloat16)
+    recipe = Recipe.uniform(num_layers=4, layers=[1], keep=0.5)
+    shape = {"batch_size": 2, "text_tokens": 9, "new_tokens": 2}
+    result = measure(model, recipe, repeats=1, **shape)
+    state = filled_state(model, recipe, **shape)
+    assert sum(group.nbytes for group in state.groups) == result.cache_bytes
+    for group in state.groups:
+        assert np.asarray(group.lengths).tolist() == [group.capacity - 128] * 2
+    assert measure_decoding(model, recipe, **shape) > 0
+
+
 def test_the_command_prints_a_table_and_writes_numbers(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setitem(configs.PRESETS, "llava_1_5_7b", tiny("llava"))
-    command = ["bench", "--bits", "W4A8KV4", "--keep", "0.3", "1", "--text", "8", "--new", "2"]
+    command = [
+        "bench",
+        "--bits",
+        "W4A8KV4",
+        "--method",
+        "flatquant",
+        "--keep",
+        "0.3",
+        "1",
+        "--text",
+        "8",
+        "--new",
+        "2",
+    ]
     assert main([*command, "--json", str(tmp_path / "out.json")]) == 0
     out, err = capsys.readouterr()
     assert out.count("W4A8KV4") == 2
     assert err.count("done:") == 2
     content = json.loads((tmp_path / "out.json").read_text())
+    assert content["method"] == "flatquant"
     assert [row["keep"] for row in content["results"]] == [0.3, 1.0]
 
 

@@ -179,10 +179,10 @@ def test_bad_calls_are_refused(monkeypatch, options, words):
 
 def test_a_transform_that_does_not_fit_is_refused_and_not_taken(monkeypatch):
     monkeypatch.setattr(quantize_api, "find_gpu", lambda: HOPPER)
-    monkeypatch.setattr(quantize_api, "MEASURED", True)
-    assert quantize_api.automatic(11008, 86) == "pallas_triton"
-    assert quantize_api.automatic(18944) == "pallas_triton"
-    assert quantize_api.automatic(18944, 128) == "xla"
+    assert quantize_api.automatic(1, 11008, 86) == "pallas_triton"
+    assert quantize_api.automatic(64, 18944) == "pallas_triton"
+    assert quantize_api.automatic(65, 18944) == "xla"
+    assert quantize_api.automatic(1, 18944, 128) == "xla"
     assert "128 x 148" in quantize_api.refusals(18944, 128)["pallas_triton"]
 
 
@@ -204,7 +204,8 @@ def append_example(rng, heads, dtype, *, full) -> tuple[Any, Any]:
         return jnp.asarray(rng.standard_normal((3, dim, dim)) / dim**0.5, jnp.float32)
 
     clip = jnp.asarray(0.7 + 0.3 * rng.random((3, 2, 2)), jnp.float32)
-    sites = CacheSites(square(), square(), clip) if full else CacheSites()
+    bias = jnp.asarray(rng.standard_normal((3, qkv.shape[1])), jnp.bfloat16)
+    sites = CacheSites(square(), square(), clip, bias) if full else CacheSites()
     # The last sample's cache is full.
     lengths = jnp.asarray([0, 13, 64], jnp.int32)
     return (qkv, cos, sin, filled(), filled(), lengths), sites
@@ -220,8 +221,9 @@ def test_the_append_is_rotation_quantization_and_a_write(heads):
     qkv, cos, sin, key, value, _lengths = arrays
     found = kv4_append(
         *arrays, layer=1, site_layer=2, query_transform=sites.query, key_transform=sites.key,
-        clip=sites.clip,
+        clip=sites.clip, bias=sites.bias,
     )  # fmt: skip
+    qkv = qkv + sites.bias[2].astype(jnp.float32)
     parts = jnp.split(qkv.reshape(3, -1, dim), (num_heads, num_heads + kv_heads), axis=1)
     query = rotate(parts[0], cos, sin) @ sites.query[2]
     keys = rotate(parts[1], cos, sin) @ sites.key[2]
@@ -253,12 +255,13 @@ def test_the_append_in_the_interpreter_equals_the_reference(heads, full):
     from pallas_kernels.kv4_append.pallas_triton import kv4_append_triton
 
     for dtype in (jnp.float32, jnp.bfloat16):
-        arrays, sites = append_example(np.random.default_rng(5), heads, dtype, full=full)
+        # A bias comes with projections in float32.
+        given = jnp.float32 if full else dtype
+        arrays, sites = append_example(np.random.default_rng(5), heads, given, full=full)
         arrays = (*arrays, jnp.int32(1), jnp.int32(2), sites)
-        expected, found = (
-            kv4_append_reference(*arrays),
-            kv4_append_triton(*arrays, interpret=True),
-        )
+        expected = kv4_append_reference(*arrays, dtype=dtype)
+        found = kv4_append_triton(*arrays, dtype=dtype, interpret=True)
+        assert found.query.dtype == expected.query.dtype == dtype
         np.testing.assert_allclose(
             np.asarray(found.query, np.float32), np.asarray(expected.query, np.float32), atol=2e-6
         )
@@ -282,11 +285,14 @@ def test_the_append_lowers(full):
         spec((2, 8, 4, 384, *rest), dtype)
         for rest, dtype in (((64,), jnp.uint8), ((), jnp.bfloat16), ((), jnp.uint8))
     )
-    square = spec((3, 128, 128), jnp.float32)
-    sites = CacheSites(square, square, spec((3, 2, 2), jnp.float32)) if full else CacheSites()
+    square, bias = spec((3, 128, 128), jnp.float32), spec((3, 36 * 128), jnp.bfloat16)
+    clip = spec((3, 2, 2), jnp.float32)
+    sites = CacheSites(square, square, clip, bias) if full else CacheSites()
     half, index = spec((8, 64), jnp.float32), spec((), jnp.int32)
-    qkv, lengths = spec((8, 36 * 128), jnp.bfloat16), spec((8,), jnp.int32)
-    text = lower(kv4_append_triton, qkv, half, half, cache, cache, lengths, index, index, sites)
+    qkv = spec((8, 36 * 128), jnp.float32 if full else jnp.bfloat16)
+    lengths = spec((8,), jnp.int32)
+    kernel = functools.partial(kv4_append_triton, dtype=jnp.dtype(jnp.bfloat16))
+    text = lower(kernel, qkv, half, half, cache, cache, lengths, index, index, sites)
     assert "triton" in text
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.accelerator import find_gpu, has_tpu, on_platform
 from pallas_kernels.dispatch import AUTO, resolve
 from pallas_kernels.int4_matmul.reference import int4_matmul_reference
+from pallas_kernels.stable import rounded
 
 IMPLEMENTATIONS = ("mosaic_gpu", "pallas_triton", "pallas_tpu", "xla")
 GEMV_ROWS = 4
@@ -50,7 +51,7 @@ def int4_matmul(
     )
 
     def reference(*arrays):
-        return int4_matmul_reference(*arrays).astype(out_dtype)
+        return rounded(int4_matmul_reference(*arrays)).astype(out_dtype)
 
     if layer is None:
         packed, scale, layer = packed[None], scale[None], 0

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.accelerator import find_gpu, on_platform
 from pallas_kernels.dispatch import AUTO, resolve
-from pallas_kernels.kv4_append.reference import (
-    Appended,
-    Packed,
-    Sites,
-    kv4_append_reference,
-)
+from pallas_kernels.kv4_append.reference import Appended, Packed, Sites, kv4_append_reference
 
 IMPLEMENTATIONS = ("pallas_triton", "xla")
-MEASURED = False
-"""Whether "auto" may take the kernel. On a GPU it ran only as a part of a timed layer, where
-nothing compared its output with the reference."""
 
 
 def kv4_append(
@@ -33,6 +27,8 @@ def kv4_append(
     query_transform: Float[Array, "L H H"] | None = None,
     key_transform: Float[Array, "L H H"] | None = None,
     clip: Float[Array, "L 2 2"] | None = None,
+    bias: Float[Array, "L rows"] | None = None,
+    dtype: Any = None,
     impl: str = AUTO,
 ) -> Appended:
     """Rotates the new token's queries and keys; writes its keys and values at ``lengths``.
@@ -46,6 +42,9 @@ def kv4_append(
       layer: index into the caches. site_layer: index into the following, if it is another one.
       query_transform, key_transform: multiplied to each rotated query and key (FlatQuant's P_k).
       clip: for keys and for values, factors of the largest and of the smallest value.
+      bias: of the projection; added to it in float32.
+      dtype: to which projection and bias are rounded, before and after rotation and transform; None
+        is that of ``qkv``.
 
     Asymmetric 4-bit per token per head, ``x ~ scale * (code - zero)`` with the scale rounded to its
     stored dtype first; the range always contains 0.
@@ -59,24 +58,26 @@ def kv4_append(
     name = resolve("kv4_append", impl, automatic(), IMPLEMENTATIONS, refusals())
     layer = jnp.asarray(layer, jnp.int32)
     place = layer if site_layer is None else jnp.asarray(site_layer, jnp.int32)
-    sites = Sites(query_transform, key_transform, clip)
+    sites = Sites(query_transform, key_transform, clip, bias)
     arrays = qkv, cos, sin, key, value, lengths, layer, place, sites
-    if name == "xla":
-        return kv4_append_reference(*arrays)
+    dtype = jnp.dtype(qkv.dtype if dtype is None else dtype)
+
+    def reference(*arrays):
+        return kv4_append_reference(*arrays, dtype=dtype)
 
     def kernel(*arrays):
         from pallas_kernels.kv4_append.pallas_triton import kv4_append_triton
 
-        return kv4_append_triton(*arrays)
+        return kv4_append_triton(*arrays, dtype=dtype)
 
-    if impl != AUTO:
-        return kernel(*arrays)
-    return on_platform("cuda", kernel, kv4_append_reference)(*arrays)
+    if name == "xla":
+        return reference(*arrays)
+    return kernel(*arrays) if impl != AUTO else on_platform("cuda", kernel, reference)(*arrays)
 
 
 def automatic() -> str:
-    """The kernel wherever it can run, once it has been measured."""
-    return "pallas_triton" if MEASURED and not refusals() else "xla"
+    """The kernel wherever it can run (``measured/decode_kernels.md``)."""
+    return "xla" if refusals() else "pallas_triton"
 
 
 def refusals() -> dict[str, str]:

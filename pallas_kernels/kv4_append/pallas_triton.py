@@ -39,6 +39,7 @@ def kv4_append_triton(
     site_layer: Int[Array, ""],
     sites: Sites,
     *,
+    dtype: Any,
     interpret: bool = False,
 ) -> Appended:
     """See ``pallas_kernels.kv4_append.kv4_append``."""
@@ -57,12 +58,13 @@ def kv4_append_triton(
             half=half,
             capacity=key[0].shape[3],
             given=tuple(a is not None for a in sites),
+            dtype=dtype,
         ),
         grid=(batch, heads),
         in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (first + len(caches)),
         out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * (1 + len(caches)),
         out_shape=[
-            jax.ShapeDtypeStruct((batch, num_heads, 2 * half), qkv.dtype),
+            jax.ShapeDtypeStruct((batch, num_heads, 2 * half), dtype),
             *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in caches),
         ],
         input_output_aliases={first + i: 1 + i for i in range(len(caches))},
@@ -100,9 +102,10 @@ def _kernel(
     half: int,
     capacity: int,
     given: tuple[bool, ...],
+    dtype: Any,
 ) -> None:
     rest = list(refs)
-    query_p_ref, key_p_ref, clip_ref = (rest.pop(0) if there else None for there in given)
+    query_p_ref, key_p_ref, clip_ref, bias_ref = (rest.pop(0) if there else None for there in given)
     query_ref, *cache_refs = rest[6:]  # the first six are the caches as inputs
     sample, head = pl.program_id(0), pl.program_id(1)
     layer, length = layer_ref[0], length_ref[sample]
@@ -110,20 +113,27 @@ def _kernel(
     inside = byte < half
 
     def element(place):
-        """Elements ``place`` of the head, queries and keys rotated; float32 of the stored dtype."""
+        """Elements ``place`` of the head, queries and keys rotated; float32 of ``dtype``."""
         low = place < half
         angle = jnp.where(low, place, place - half)
         other = jnp.where(low, place + half, place - half)
         real = place < 2 * half
 
-        def load(ref, index):
-            return plt.load(ref.at[sample, index], mask=real, other=0).astype(jnp.float32)
+        def load(ref, row, index):
+            return plt.load(ref.at[row, index], mask=real, other=0).astype(jnp.float32)
 
-        x = load(qkv_ref, head * 2 * half + place)
-        across = load(qkv_ref, head * 2 * half + other) * load(sin_ref, angle)
-        turned = x * load(cos_ref, angle) + jnp.where(low, -across, across)
+        def projected(index):
+            index = head * 2 * half + index
+            x = load(qkv_ref, sample, index)
+            if bias_ref is not None:
+                x = x + load(bias_ref, site_ref[0], index)
+            return x.astype(dtype).astype(jnp.float32)
+
+        x = projected(place)
+        across = projected(other) * load(sin_ref, sample, angle)
+        turned = x * load(cos_ref, sample, angle) + jnp.where(low, -across, across)
         x = jnp.where(head < num_heads + kv_heads, turned, x)
-        return x.astype(qkv_ref.dtype).astype(jnp.float32)
+        return x.astype(dtype).astype(jnp.float32)
 
     def transformed(matrix_ref):
         """Even and odd elements, multiplied by a matrix where there is one."""
@@ -143,7 +153,7 @@ def _kernel(
 
         start = (jnp.zeros(byte.shape, jnp.float32),) * 2
         parts = lax.fori_loop(0, -(-2 * half // ROWS), step, start)
-        return [part.astype(qkv_ref.dtype).astype(jnp.float32) for part in parts]
+        return [part.astype(dtype).astype(jnp.float32) for part in parts]
 
     def write(refs, kv_head, parts, which):
         """Quantizes the head over its range and stores codes, scale and zero."""

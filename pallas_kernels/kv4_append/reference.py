@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,10 +24,11 @@ class Sites(NamedTuple):
     query: Float[Array, "L H H"] | None = None
     key: Float[Array, "L H H"] | None = None
     clip: Float[Array, "L 2 2"] | None = None
+    bias: Float[Array, "L rows"] | None = None
 
 
 class Appended(NamedTuple):
-    """Rotated queries in the dtype of the input, and the caches with the new token."""
+    """Rotated queries, and the caches with the new token."""
 
     query: Float[Array, "B N H"]
     key: Packed
@@ -44,13 +45,17 @@ def kv4_append_reference(
     layer: Int[Array, ""],
     site_layer: Int[Array, ""],
     sites: Sites,
+    *,
+    dtype: Any,
 ) -> Appended:
     """See ``pallas_kernels.kv4_append.kv4_append``."""
     own = jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, site_layer, keepdims=False), sites)
     clips = (None, None) if own.clip is None else own.clip
     batch, head_dim, kv_heads = qkv.shape[0], 2 * cos.shape[-1], key[0].shape[2]
-    heads = qkv.reshape(batch, -1, head_dim)
-    turned = _rotate(heads[:, :-kv_heads], cos, sin).astype(qkv.dtype)
+    if own.bias is not None:
+        qkv = rounded(qkv.astype(jnp.float32)) + own.bias.astype(jnp.float32)
+    heads = qkv.astype(dtype).reshape(batch, -1, head_dim)
+    turned = _rotate(heads[:, :-kv_heads], cos, sin).astype(dtype)
     samples = jnp.arange(batch)
 
     def transformed(x, matrix):
@@ -64,7 +69,7 @@ def kv4_append_reference(
             precision="highest",
             preferred_element_type=jnp.float32,
         )
-        return rounded(out).reshape(x.shape).astype(qkv.dtype)
+        return rounded(out).reshape(x.shape).astype(dtype)
 
     def write(cache, new, clip):
         # Beyond the capacity nothing is written: such an index is dropped.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
@@ -26,13 +29,14 @@ def kv4_attention(
     layer: Array | int,
     *,
     sm_scale: float,
+    out_dtype: Any = jnp.float32,
     impl: str = AUTO,
 ) -> Float[Array, "B N H"]:
     """Attention of one query per sample over packed keys and values of one layer of the stack.
 
     Asymmetric 4-bit per token per head: ``x = scale * (code - zero)``. Rows at or past ``lengths``
     are ignored. Grouped queries: head ``n`` reads key head ``n // (N / K)``. float32 softmax and
-    output.
+    output, which is rounded to ``out_dtype`` at the end.
     """
     head_dim, group = query.shape[-1], query.shape[1] // key.shape[2]
     name = resolve(
@@ -49,19 +53,21 @@ def kv4_attention(
     )
 
     def reference(*arrays):
-        return _reference(*arrays, sm_scale=sm_scale)
+        return _reference(*arrays, sm_scale=sm_scale).astype(out_dtype)
 
     if name == "xla":
         return reference(*arrays)
     if name == "pallas_tpu":
         from pallas_kernels.kv4_attention.pallas_tpu import kv4_attention_tpu as run
     elif name == "pallas_triton_blocks":
-        from pallas_kernels.kv4_attention.pallas_triton_blocks import kv4_attention_blocks as run
+        from pallas_kernels.kv4_attention.pallas_triton_blocks import kv4_attention_blocks
+
+        run = functools.partial(kv4_attention_blocks, out_dtype=out_dtype)
     else:
         from pallas_kernels.kv4_attention.pallas_triton import kv4_attention_split as run
 
     def kernel(*arrays):
-        return run(*arrays, sm_scale=sm_scale)
+        return run(*arrays, sm_scale=sm_scale).astype(out_dtype)
 
     if impl != AUTO:
         return kernel(*arrays)

@@ -15,9 +15,9 @@ from pallas_kernels.transform_quantize.reference import (
 )
 
 IMPLEMENTATIONS = ("pallas_triton", "xla")
-MEASURED = False
-"""Whether "auto" may take the kernel. It agreed with the reference and was timed alone on a GPU,
-but not inside a model, beside what XLA makes of the same operations."""
+DECODE_ROWS = 64
+"""Up to so many rows "auto" takes the kernel: it was measured beside XLA inside decoder layers of
+one row (``measured/decode_kernels.md``), at the thousands of rows of a prefill only alone."""
 
 
 def transform_quantize(
@@ -69,7 +69,7 @@ def transform_quantize(
     name = resolve(
         "transform_quantize",
         impl,
-        automatic(inputs, heads),
+        automatic(x.shape[0], inputs, heads),
         IMPLEMENTATIONS,
         refusals(inputs, heads),
     )
@@ -95,10 +95,11 @@ def transform_quantize(
     return kernel(*arrays) if impl != AUTO else on_platform("cuda", kernel, reference)(*arrays)
 
 
-def automatic(inputs: int, left: int = 1) -> str:
-    """The kernel wherever it can run, once it has been measured; ``left``: the first factor."""
-    can = "pallas_triton" not in refusals(inputs, left)
-    return "pallas_triton" if MEASURED and can else "xla"
+def automatic(rows: int, inputs: int, left: int = 1) -> str:
+    """The kernel for the few rows of a decode step, where it can run; ``left``: the first
+    factor."""
+    can = rows <= DECODE_ROWS and "pallas_triton" not in refusals(inputs, left)
+    return "pallas_triton" if can else "xla"
 
 
 def refusals(inputs: int, left: int = 1) -> dict[str, str]:

@@ -32,6 +32,8 @@ class Bench:
     """llava_1_5_7b, llava_1_5_13b, qwen2_5_vl_3b or qwen2_5_vl_7b."""
     bits: tuple[str, ...] = ("W4A4KV4", "W4A8KV4", "W16A16KV16")
     """Precisions to run, W16A16KV16 being bfloat16."""
+    method: str = "rtn"
+    """Method of the quantized models: rtn, or flatquant, whose transforms take time."""
     keep: tuple[float, ...] = (0.3, 1.0)
     """Fractions of the visual tokens that the recipe leaves; 1 keeps all."""
     batch: tuple[int, ...] = (1,)
@@ -65,7 +67,7 @@ class Bench:
             text = dataclasses.replace(config.text, num_layers=self.layers)
             config = dataclasses.replace(config, text=text)
         depth = config.text.num_layers
-        precisions = [QuantizationConfig.parse(label) for label in self.bits]
+        precisions = [QuantizationConfig.parse(label, method=self.method) for label in self.bits]
         recipes = [
             Recipe.none(depth)
             if keep == 1
@@ -86,12 +88,13 @@ class Bench:
         device = jax.devices()[0]
         print(
             f"{self.preset}, {results[0].visual_tokens} visual + {self.text} text tokens, "
-            f"{device.device_kind}, jax {jax.__version__}, random weights"
+            f"{device.device_kind}, jax {jax.__version__}, random weights, {self.method}"
         )
         print(report(results))
         if self.json:
             content = {
                 "preset": self.preset,
+                "method": self.method,
                 "device": device.device_kind,
                 "jax": jax.__version__,
                 "results": [dataclasses.asdict(result) for result in results],

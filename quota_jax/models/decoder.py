@@ -18,7 +18,8 @@ from pallas_kernels.attention import sequence_attention
 from quota_jax.config import TextConfig
 from quota_jax.kv_cache import CacheGroup, grow, round_up, with_room
 from quota_jax.models.build import attention, mlp, module_bits, norm, tree
-from quota_jax.nn.attention_cache import CacheQuantizer, Stored
+from quota_jax.models.fused_decode import obstacle, run_layers
+from quota_jax.nn.attention_cache import Angles, CacheQuantizer, Stored
 from quota_jax.nn.rope import rotary_angles, token_positions
 from quota_jax.nn.vocabulary import VocabularyTable
 from quota_jax.prune.scores import Signals, residual, score
@@ -193,36 +194,56 @@ class Decoder(nnx.Module):
         groups: tuple[CacheGroup, ...],
         active: Array,
     ) -> tuple[Float[Array, "B vocab"], tuple[CacheGroup, ...]]:
-        """One new token per sample; caches of inactive samples do not grow."""
+        """One new token per sample; caches of inactive samples do not grow.
+
+        Layers run fused (``models.fused_decode``) where that is possible, else module by module.
+        """
         x = self.embed.rows(tokens)
         first, grown = 0, []
-        cache = self.layers.cache
+        fused = obstacle(self.layers) is None
         for group in groups:
             positions = token_positions(self.config, position - group.shift)
             angles = rotary_angles(self.config, positions)
-            group, cached = group.place(positions), None
-            if group.positions is not None:
-                cached = rotary_angles(self.config, group.positions)
-
-            def layer(carry, index, first=first, angles=angles, cached=cached, group=group):
-                x, key, value = carry
-                here = dataclasses.replace(group, key=key, value=value)
-                at = first + index
-                heads = self.layers.attn.project(self.layers.norm1(x, at), at)
-                new = cache(heads, angles, at, group.key[0].dtype)
-                here = here.append(index, *new.stored)
-                channels = cache.reading(at, cached)
-                lengths = group.lengths + 1
-                heads = here.attend(index, new.query, lengths, self._sm_scale, channels)
-                x = x + self.layers.attn.output(heads.astype(x.dtype), at)
-                return (self._feed_forward(x, at), here.key, here.value), None
-
-            (x, key, value), _ = jax.lax.scan(
-                layer, (x, group.key, group.value), jnp.arange(group.num_layers, dtype=jnp.int32)
-            )
+            group = group.place(positions)
+            if fused:
+                x, (key, value) = run_layers(
+                    self.layers, x, group, angles, first, sm_scale=self._sm_scale
+                )
+            else:
+                x, (key, value) = self._run_layers(x, group, angles, first)
             grown.append(grow(dataclasses.replace(group, key=key, value=value), active))
             first += group.num_layers
         return self.logits(x), tuple(grown)
+
+    def _run_layers(self, x: Float[Array, "B D"], group: CacheGroup, angles: Angles, first: int):
+        """``fused_decode.run_layers``, for layers of any kind.
+
+        A layer's last sum is left to the next one here too: inside the layer XLA on CPU contracts
+        it with the products before it, which is one rounding less.
+        """
+        cache, lengths, cached = self.layers.cache, group.lengths + 1, None
+        if group.positions is not None:
+            cached = rotary_angles(self.config, group.positions)
+
+        def layer(carry, index):
+            x, added, key, value = carry
+            x = x + added
+            here = dataclasses.replace(group, key=key, value=value)
+            at = first + index
+            heads = self.layers.attn.project(self.layers.norm1(x, at), at)
+            new = cache(heads, angles, at, group.key[0].dtype)
+            here = here.append(index, *new.stored)
+            channels = cache.reading(at, cached)
+            heads = here.attend(index, new.query, lengths, self._sm_scale, channels)
+            x = x + self.layers.attn.output(heads.astype(x.dtype), at)
+            added = self.layers.mlp(self.layers.norm2(x, at), at)
+            return (x, added, here.key, here.value), None
+
+        start = (x, jnp.zeros_like(x), group.key, group.value)
+        (x, added, key, value), _ = jax.lax.scan(
+            layer, start, jnp.arange(group.num_layers, dtype=jnp.int32)
+        )
+        return x + added, (key, value)
 
 
 def cache_groups(

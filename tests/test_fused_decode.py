@@ -1,0 +1,171 @@
+"""The fused decode step: equal to the modules one by one, taken where it should be, and lowered for
+a GPU that is not there."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import pallas_kernels.int4_matmul.api as matmul_api
+import pallas_kernels.kv4_append.api as append_api
+import pallas_kernels.kv4_attention.api as attention_api
+import pallas_kernels.transform_quantize.api as quantize_api
+import quota_jax as qj
+import quota_jax.models.decoder as decoder
+from converters import convert
+from quota_jax.config import PRESETS
+from quota_jax.kv_cache import CacheGroup
+from quota_jax.models.fused_decode import obstacle
+from quota_jax.models.params import abstract_params, build_model
+from quota_jax.quant.calibrate import calibrate
+from quota_jax.quantization import QuantizationConfig
+from quota_jax.recipe import Recipe
+from tests.decode_samples import METHODS, random_groups, random_model, steps, tiny_config
+from tests.test_transform_quantize import HOPPER, lower, newer_jax
+from tests.tiny_models import draw_picture, write_tiny_llava
+from tests.tiny_qwen import write_tiny_qwen
+
+pytestmark = pytest.mark.optimized
+
+LENGTHS = [[20, 7, 33], [11, 64, 5], [4, 2, 63]]
+"""Three groups, three samples; one that is full before and one that fills up in between."""
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        ("RTN", "float32"),
+        ("RTN, 8-bit activations", "bfloat16"),
+        ("FlatQuant", "bfloat16"),
+        ("FlatQuant of heads, keys and cache", "float32"),
+    ],
+)
+@pytest.mark.parametrize("family", ["llava", "qwen"])
+def test_the_fused_step_equals_the_modules_bit_for_bit(monkeypatch, family, method, dtype):
+    """Logits and caches of three steps, on a CPU."""
+    config = tiny_config(family)
+    model = random_model(config, METHODS[method], jnp.dtype(dtype))
+    assert obstacle(model.decoder.layers) is None
+    groups = random_groups(config, LENGTHS, [1, 2, 1])
+    found, cache = steps(model, groups, 3, monkeypatch, fused=True)
+    expected, expected_cache = steps(model, groups, 3, monkeypatch, fused=False)
+    assert np.abs(np.diff(expected, axis=0)).max() > 0.1
+    np.testing.assert_array_equal(found, expected)
+    for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(expected_cache), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_biases_of_every_linear_are_added(monkeypatch):
+    config = tiny_config("llava", attention_bias=True, mlp_bias=True)
+    model = random_model(config, METHODS["RTN"], jnp.bfloat16)
+    assert "bias" in model.decoder.layers.mlp.down.names
+    groups = random_groups(config, LENGTHS, [1, 2, 1])
+    found, _ = steps(model, groups, 2, monkeypatch, fused=True)
+    expected, _ = steps(model, groups, 2, monkeypatch, fused=False)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen", marks=pytest.mark.slow)])
+def test_pruned_prompts_generate_the_same_tokens(tmp_path, monkeypatch, family):
+    """The whole way from pictures, in batches of unequal prompts, over several cache groups."""
+    if family == "llava":
+        folder = write_tiny_llava(tmp_path / "hf", num_layers=4, num_kv_heads=2, image_size=56)
+        image = "<image>"
+    else:
+        folder = write_tiny_qwen(tmp_path / "hf", num_layers=4, num_kv_heads=2)
+        image = "<|vision_start|><|image_pad|><|vision_end|>"
+    convert(folder, tmp_path / "full")
+    calibrate(tmp_path / "full", tmp_path / "q", QuantizationConfig.parse("W4A4KV4"))
+    vlm = qj.load(tmp_path / "q")
+    batch = vlm.processor(
+        images=[[draw_picture(0)], [draw_picture(1), draw_picture(2)], []],
+        prompts=[f"{image} is there a red circle", f"{image} car {image}", "what is the color"],
+    )
+    recipe = Recipe.uniform(num_layers=4, layers=[1, 2], keep=0.3)
+    _, cache = qj.prefill(vlm.model, batch, recipe=recipe)
+    assert len(cache.groups) == 3
+    found = qj.generate(vlm.model, batch, recipe=recipe, max_new_tokens=12).tokens
+    jax.clear_caches()
+    monkeypatch.setattr(decoder, "obstacle", lambda layers: "a test wants the modules")
+    expected = qj.generate(vlm.model, batch, recipe=recipe, max_new_tokens=12).tokens
+    jax.clear_caches()
+    np.testing.assert_array_equal(found, expected)
+
+
+def abstract_model(config, quantization) -> Any:
+    return build_model(config, quantization, abstract_params(config, quantization, jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("quantization", "words"),
+    [
+        (QuantizationConfig.none, "cache has 16 bits"),
+        (QuantizationConfig.parse("W4A4KV8"), "cache has 8 bits"),
+        (QuantizationConfig.parse("W8A8KV4"), "not packed"),
+        (QuantizationConfig.parse("W4A4KV4", modules=("vision",)), "not packed"),
+        (QuantizationConfig.parse("W4A16KV4"), "activations are not quantized"),
+        (QuantizationConfig.parse("W4A16KV4G16"), "activations are not quantized"),
+        (
+            dataclasses.replace(METHODS["RTN"], key_quantization="channel"),
+            "keys are stored by channel",
+        ),
+    ],
+)
+def test_other_models_run_module_by_module(quantization, words):
+    layers = abstract_model(tiny_config("llava"), quantization).decoder.layers
+    assert words in (obstacle(layers) or "")
+
+
+def test_what_no_quantization_says_is_seen_too():
+    """Simulated weights, other gates, scaled inputs."""
+    config = tiny_config("llava")
+    simulated = build_model(config, METHODS["RTN"], abstract_params(config, None, jnp.bfloat16))
+    assert obstacle(simulated.decoder.layers) == "weights are not packed"
+    layers = abstract_model(config, METHODS["RTN"]).decoder.layers
+    assert obstacle(layers) is None
+    layers.mlp.down.names += ("input_scale",)
+    assert "scale of each channel" in (obstacle(layers) or "")
+    layers.mlp.hidden_act = "gelu"
+    assert "not gated by SiLU" in (obstacle(layers) or "")
+
+
+TARGETS = ("__gpu$xla.gpu.triton", "mosaic_gpu")
+
+
+@newer_jax
+@pytest.mark.parametrize(
+    ("method", "batch"),
+    [("RTN", 1), ("FlatQuant", 8), ("FlatQuant of heads, keys and cache", 1)],
+)
+@pytest.mark.parametrize("preset", ["llava_1_5_7b", "qwen2_5_vl_7b"])
+def test_a_layer_of_a_7b_model_lowers_to_eleven_kernels(monkeypatch, preset, method, batch):
+    """Four times quantization and matmul, the append, and two launches of attention. Qwen's
+    transform of 128 x 148 is too large for the kernel: one less."""
+    for api in (matmul_api, append_api, attention_api, quantize_api):
+        monkeypatch.setattr(api, "find_gpu", lambda: HOPPER)
+    config = PRESETS[preset]
+    model = abstract_model(config, METHODS[method])
+    spec: Any = jax.ShapeDtypeStruct
+    shape = (config.text.num_layers, batch, config.text.num_kv_heads, 384)
+    stored = (
+        spec((*shape, config.text.head_dim // 2), jnp.uint8),
+        spec(shape, jnp.bfloat16),
+        spec(shape, jnp.uint8),
+    )
+    rows = spec((batch,), jnp.int32)
+    group = CacheGroup(key=stored, value=stored, lengths=rows, shift=rows, bits=4)
+
+    def step(model, tokens, group, active):
+        return model.decoder.step(tokens, tokens, (group,), active)
+
+    text = lower(step, model, rows, group, spec((batch,), jnp.bool_))
+    # The body of the loop over layers stands there once.
+    triton, mosaic = (text.count(f"custom_call @{name}") for name in TARGETS)
+    fits = "qwen" not in preset or method == "RTN"
+    assert mosaic == (0 if batch == 1 else 4)
+    assert triton + mosaic == (11 if fits else 10)

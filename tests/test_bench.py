@@ -32,8 +32,9 @@ def tiny(family: str) -> ModelConfig:
     return dataclasses.replace(config, vision=vision)
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen"])
-@pytest.mark.parametrize("label", ["W4A4KV4", "W16A16KV16"])
+@pytest.mark.parametrize(
+    ("family", "label"), [("llava", "W4A4KV4"), ("llava", "W16A16KV16"), ("qwen", "W4A4KV4")]
+)
 def test_a_measurement_counts_tokens_and_bytes(family: str, label: str):
     config = tiny(family)
     quantization = QuantizationConfig.parse(label)

@@ -97,6 +97,49 @@ def test_pruned_prompts_generate_the_same_tokens(tmp_path, monkeypatch, family):
     np.testing.assert_array_equal(found, expected)
 
 
+@newer_jax
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize(
+    ("method", "bound"), [("FlatQuant", 0.1), ("FlatQuant of heads, keys and cache", 0.02)]
+)
+def test_kernels_in_the_interpreter_fit_into_the_step(monkeypatch, method, bound):
+    """All but matmul and attention, which have no interpreter or tests of their own. Caches of the
+    first group are equal; logits are as near as codes that fell on the other side of a boundary
+    allow (at most 0.05 and 0.004 were seen)."""
+    from pallas_kernels.kv4_append import pallas_triton as append
+    from pallas_kernels.transform_quantize import pallas_triton as quantize
+
+    config = tiny_config("qwen")
+    model = random_model(config, METHODS[method], jnp.float32)
+    groups = random_groups(config, LENGTHS, [1, 2, 1])
+    expected, expected_cache = steps(model, groups, 1, monkeypatch, fused=True)
+    used = []
+
+    def interpreted(kernel):
+        def run(*arrays, **options):
+            used.append(kernel.__name__)
+            return kernel(*arrays, **options, interpret=True)
+
+        return run
+
+    for module, name in (
+        (quantize, "transform_quantize_triton"),
+        (append, "kv4_append_triton"),
+    ):
+        monkeypatch.setattr(module, name, interpreted(getattr(module, name)))
+    for api in (append_api, quantize_api):
+        monkeypatch.setattr(api, "find_gpu", lambda: HOPPER)
+        monkeypatch.setattr(api, "on_platform", lambda platform, kernel, elsewhere: kernel)
+    found, cache = steps(model, groups, 1, monkeypatch, fused=True)
+    assert set(used) == {"transform_quantize_triton", "kv4_append_triton"}
+    off = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
+    assert off.max() <= bound
+    for one, other in zip(
+        cache[0].key + cache[0].value, expected_cache[0].key + expected_cache[0].value, strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
 def abstract_model(config, quantization) -> Any:
     return build_model(config, quantization, abstract_params(config, quantization, jnp.bfloat16))
 

@@ -146,9 +146,9 @@ LENGTHS = [[20, 7, 33], [11, 64, 5], [4, 2, 63]]
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", ["llava", "qwen"])
 def test_the_fused_step_is_near_the_modules(monkeypatch, family, method, dtype):
-    """Logits of one step. A code on the other side of a boundary moves them by a quantization step,
-    so what is compared is the whole vector: it deviates by far less than by quantization itself,
-    which is what other weights of the same kind show."""
+    """One step. What the first layer appends is compared alone; in the logits a code on the other
+    side of a boundary has moved others, so their distance is bounded. In the interpreter, which
+    rounds as the kernels do, it was at most 0.05 in float32, 0.11 in bfloat16."""
     config = tiny_config(family)
     model = random_model(config, METHODS[method], jnp.dtype(dtype))
     assert obstacle(model.decoder.layers) is None
@@ -157,9 +157,20 @@ def test_the_fused_step_is_near_the_modules(monkeypatch, family, method, dtype):
     expected, expected_cache = steps(model, groups, 1, monkeypatch, fused=False)
     off = np.linalg.norm(found - expected, axis=-1) / np.linalg.norm(expected, axis=-1)
     print("relative distance", off.max())
-    assert off.max() <= (0.05 if dtype == "float32" else 0.15)
+    assert off.max() <= (0.15 if dtype == "float32" else 0.3)
     for one, other in zip(cache, expected_cache, strict=True):
         np.testing.assert_array_equal(one.lengths, other.lengths)
+    for kind in ("key", "value"):
+        codes, reference = (
+            np.asarray(unpack_uint4(getattr(g[0], kind)[0][0]), int)
+            for g in (cache, expected_cache)
+        )
+        for sample, length in enumerate(LENGTHS[0]):
+            off = np.abs(codes[sample, :, length] - reference[sample, :, length])
+            # Of unrelated codes it is about 5.
+            assert off.mean() <= 0.25
+            codes[sample, :, length] = reference[sample, :, length]
+        np.testing.assert_array_equal(codes, reference)
 
 
 def test_a_step_makes_no_choice_at_run_time_and_no_copy_of_the_cache():

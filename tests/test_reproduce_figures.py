@@ -190,6 +190,43 @@ def test_bench_files_that_do_not_fit_are_refused(study, tmp_path) -> None:
         write_pareto(answered, table, bench, tmp_path / "t", provenance={})
 
 
+def test_the_command_writes_table7_the_figure_and_pareto(
+    study, tmp_path, monkeypatch, capsys
+) -> None:
+    """Measured rows come last, and each kind of table has its own writer."""
+    from quota_jax.reproduce import tables, work
+
+    own = dataclasses.replace(study, out=tmp_path / "s", limit=4, max_new_tokens=4, text_bucket=32)
+    rows = (FULL, Row(label="4 bits", weights=Weights(method="rtn", bits="W4A8KV4")))
+    measured = tuple(dataclasses.replace(row, measured=True) for row in rows)
+    monkeypatch.setattr(work, "begin_study", lambda out, settings: own)
+    made = {
+        "table7": Table(name="table7", title="Seven", rows=measured, baseline=measured[0]),
+        "pareto": Table(name="pareto", title="Front", rows=rows),
+    }
+    for name, table in made.items():
+        monkeypatch.setitem(tables.TABLES, name, lambda plan, table=table: table)
+    given = ("--source", str(study.source), "--data", str(study.data), "--samples", "x.json")
+    bench = bench_file(tmp_path / "bench.json")
+    what = ("table7", "fig4", "pareto")
+    command = ["reproduce", "--out", str(own.out), "--what", *what, "--bench", str(bench), *given]
+    assert main([*command, "--variant", "prune-only", "--keep", "0.5", "--pictures", "1"]) == 0
+    wrote = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrote")]
+    files = [Path(line.removeprefix("wrote ")) for line in wrote]
+    assert [file.name for file in files] == [
+        *("pareto.json", "pareto.md", "pareto.png", "table7.json", "table7.md"),
+        *("fig4_prune-only_0.5_1.png", "fig4_prune-only_0.5_1.json"),
+    ]
+    assert all(file.exists() for file in files)
+    assert "not measured" in files[4].read_text()
+    told = json.loads(files[0].read_text())["command"]
+    assert told.endswith(
+        "--what pareto --source CHECKPOINT --data DATA --samples SAMPLES --bench BENCH"
+    )
+    told = json.loads(files[6].read_text())["command"]
+    assert told.endswith("--variant prune-only --keep 0.5 --pictures 1")
+
+
 def test_refusals_of_the_command(tmp_path, capsys) -> None:
     assert main(["reproduce", "--out", str(tmp_path / "x"), "--what", "pareto"]) == 2
     assert "pareto needs --bench" in capsys.readouterr().err

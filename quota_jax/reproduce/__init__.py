@@ -2,4 +2,6 @@
 
 `study` makes checkpoints and runs benchmarks, each once, whoever asks for it; `tables` says which
 rows a table has, `paper` what the paper reports, `report` how both are written side by side.
+`deployment` measures memory and power (Table 7), `kept_figure` draws Fig. 4, `pareto` sets accuracy
+beside speed.
 """

@@ -93,7 +93,8 @@ def markdown(
         "bytes in use: weights, cache, inputs and temporaries of this process, without what the "
         "driver takes. Power: of the whole device (NVML), also what others run there; energy over "
         f"time, tasks answered again until {MIN_SECONDS:g} s are full. Loading and compilation are "
-        "outside. Where a device does not tell, it says so.",
+        "outside; a last batch that is not full costs what a full one does. Where a device does "
+        "not tell, it says so.",
         "",
         *(f"- {name}: {value}" for name, value in provenance.items()),
         *(f"- left out: {note}" for note in table.notes),

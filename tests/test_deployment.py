@@ -123,8 +123,8 @@ def test_a_measured_run_answers_as_any_other(tmp_path, monkeypatch) -> None:
     low = Row(label="4 bits", weights=Weights(method="rtn", bits="W4A8KV4"))
     plain, rows = (FULL, low), [dataclasses.replace(row, measured=True) for row in (FULL, low)]
     told: list[str] = []
-    assert study.run(plain, told.append)
-    assert study.run(rows[:1], told.append)
+    assert study.run([*rows[:1], *plain], told.append, threads=2)
+    assert told[-1] == "full precision (full_measured): measured"  # when nothing else runs
     monkeypatch.setattr(power.PowerMeter, "open", lambda device: PowerMeter.of(Nvml(), 0))
     monkeypatch.setattr("quota_jax.reproduce.deployment.MIN_SECONDS", 0.01)
     assert study.run(rows[1:], told.append)

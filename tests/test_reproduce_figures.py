@@ -100,7 +100,7 @@ def bench_file(path: Path, **changes) -> Path:
         for label, keep, _, (first, step, held) in POINTS
     ]
     extra = dict(results[0], label="W8A8KV8")
-    content = {"preset": "llava_1_5_7b", "device": "a device", "jax": "0.0"}
+    content = {"preset": "llava_1_5_7b", "method": "rtn", "device": "a device", "jax": "0"}
     path.write_text(json.dumps(content | {"results": [*results, extra]} | changes))
     return path
 
@@ -164,7 +164,10 @@ def test_accuracy_against_speed(study, tmp_path) -> None:
     }
     lines = text.read_text()
     assert "| 1 | bf16 | 100 % | 100.0 [100.0, 100.0] | **40** | **100** | **14** |" in lines
-    assert "- speed and memory of: llava_1_5_7b with random weights on a device, jax 0.0" in lines
+    assert (
+        "- speed and memory of: llava_1_5_7b with random weights, quantized as rtn does, on a "
+        "device, jax 0" in lines
+    )
     assert "- accuracy of: hf (llava" in lines
     with Image.open(picture) as drawn:
         assert drawn.size[0] > drawn.size[1] > 600

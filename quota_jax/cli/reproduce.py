@@ -33,7 +33,7 @@ class Reproduce:
     For example:
       quota-jax reproduce --what table3 --model llava --out study
       quota-jax reproduce --what fig4 --variant co-calibrated --keep 0.1 --out study
-      quota-jax bench --preset llava_1_5_7b --keep 1 0.3 0.1 --json bench.json
+      quota-jax bench --preset llava_1_5_7b --method flatquant --keep 1 0.3 0.1 --json bench.json
       quota-jax reproduce --what pareto --bench bench.json --out study
     """
 

@@ -40,6 +40,7 @@ class BenchFile:
     of PANELS."""
 
     preset: str
+    method: str
     device: str
     jax: str
     costs: Mapping[int, Mapping[Key, tuple[float, ...]]]
@@ -63,7 +64,11 @@ def read_bench(path: Path, config: ModelConfig) -> BenchFile:
                 held / 1e9,
             )
         found = BenchFile(
-            preset=preset, device=str(content["device"]), jax=str(content["jax"]), costs=costs
+            preset=preset,
+            method=str(content["method"]),
+            device=str(content["device"]),
+            jax=str(content["jax"]),
+            costs=costs,
         )
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise QuotaError(
@@ -116,7 +121,10 @@ def write_pareto(
         f"{origin} ({study.reference.config.model_type}, stored in {study.reference.dtype.name}), "
         f"tasks {', '.join(study.tasks)}"
     )
-    speed = f"{bench.preset} with random weights on {bench.device}, jax {bench.jax}"
+    speed = (
+        f"{bench.preset} with random weights, quantized as {bench.method} does, on {bench.device}, "
+        f"jax {bench.jax}"
+    )
     named = {"accuracy of": accuracy, "speed and memory of": speed}
     known = {key for costs in bench.costs.values() for key in costs}
     missing = [_name(key) for key in scores if key not in known]

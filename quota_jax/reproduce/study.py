@@ -260,16 +260,19 @@ class Study:
         Work that other processes hold is waited for at the end. ``until``: on `time.monotonic`,
         after which no other run is begun. A row that fails does not keep others from being run.
         ``threads``: rows at a time; they share the device, so that one is compiled while another
-        one runs. ``only``: "weights" calibrates and measures sensitivities, "runs" leaves that to
-        other processes and waits for it.
+        one runs. Measured rows come last, one at a time. ``only``: "weights" calibrates and
+        measures sensitivities, "runs" leaves that to other processes and waits for it.
 
         Raises:
           QuotaError: rows failed; the first one's reason, after all others were run.
         """
         _ = self.questions, self.reference  # read once, before threads ask for them
+        plain = [row for row in rows if not row.measured]
+        measured = [row for row in rows if row.measured]
         with ThreadPoolExecutor(threads) as pool:
-            works = [pool.submit(self._work, rows, log, until, only) for _ in range(threads)]
+            works = [pool.submit(self._work, plain, log, until, only) for _ in range(threads)]
             results = [work.result() for work in works]
+        results.append(self._work(measured, log, until, only))
         failed = [each for _, reasons in results for each in reasons]
         if failed:
             raise QuotaError(f"{len(failed)} rows failed, first {failed[0][:500]}")

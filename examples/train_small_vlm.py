@@ -24,6 +24,7 @@ import json  # noqa: E402
 import os  # noqa: E402
 import shutil  # noqa: E402
 import sys  # noqa: E402
+import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -31,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import jax  # noqa: E402
 
+from converters import convert  # noqa: E402
 from converters.export_params import write_params  # noqa: E402
 from quota_jax.errors import QuotaError  # noqa: E402
 from quota_jax.testbed.learning import flops  # noqa: E402
@@ -136,7 +138,10 @@ def train(args: argparse.Namespace) -> dict[str, Any] | None:
     """Trains as far as this process may; the report once the run is complete."""
     out: Path = args.out
     model = tiny_model(args.family) if args.tiny else SMALL_MODELS[args.family]
-    start = read_start(args.start, model) if args.start else None
+    start = None
+    if args.start:
+        with tempfile.TemporaryDirectory() as scratch:
+            start = read_start(args.start, convert(args.start, Path(scratch) / "start"), model)
     changes: dict[str, Any] = {"hint_share": args.hint_share}
     if start is not None:  # it has seen easy scenes
         changes |= {"start": start.checksum, "curriculum_share": 0.0}

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from safetensors import safe_open
 
+from converters import convert
 from quota_jax.errors import QuotaError
 from quota_jax.testbed import optimizer, small_qwen_path
 from quota_jax.testbed.learning import flops
@@ -358,9 +358,10 @@ def test_the_card_is_made_of_json_files(tmp_path):
         write_card(tmp_path)
 
 
-def test_training_starts_from_a_trained_model():
+def test_training_starts_from_a_trained_model(tmp_path):
     """The shipped weights, bit for bit, and fresh auxiliary heads."""
-    start = read_start(small_qwen_path(), SMALL_MODELS["qwen2_5_vl"])
+    converted = convert(small_qwen_path(), tmp_path / "start")
+    start = read_start(small_qwen_path(), converted, SMALL_MODELS["qwen2_5_vl"])
     params = {name: np.asarray(value) for name, value in start.params.items()}
     with safe_open(next(small_qwen_path().glob("*.safetensors")), "np") as file:
         keys = [key for key in file.keys() if key.endswith("down_proj.weight")]  # noqa: SIM118
@@ -375,7 +376,7 @@ def test_training_starts_from_a_trained_model():
     state = init_state(tiny(), start.params)
     assert state.params is not start.params
     with pytest.raises(QuotaError, match="other sizes"):
-        read_start(small_qwen_path(), tiny_model("qwen2_5_vl"))
+        read_start(small_qwen_path(), converted, tiny_model("qwen2_5_vl"))
 
 
 def test_the_share_of_hints():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from converters import convert
 from quota_jax.checkpoint import open_checkpoint
 from quota_jax.checkpoint.stacking import stack_blocks
 from quota_jax.config import ModelConfig
@@ -31,8 +29,12 @@ class Start(NamedTuple):
     reports: list[dict[str, Any]]
 
 
-def read_start(folder: Path, config: ModelConfig) -> Start:
-    """The Hugging Face folder of a finished run, as parameters for the next run.
+def read_start(folder: Path, converted: Path, config: ModelConfig) -> Start:
+    """A finished run as parameters for the next one.
+
+    Args:
+        folder: the Hugging Face folder of the run, with its training report.
+        converted: the checkpoint that `converters.convert` made of it.
 
     Raises:
         QuotaError: it cannot be read, or holds a model of other sizes.
@@ -40,15 +42,14 @@ def read_start(folder: Path, config: ModelConfig) -> Start:
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         digest.update(path.read_bytes())
-    with tempfile.TemporaryDirectory() as scratch:
-        checkpoint = open_checkpoint(convert(folder, Path(scratch) / "start"))
-        if checkpoint.config != config:
-            raise QuotaError(f"{folder}: a model of other sizes than the one to train")
-        specs = {
-            name: jax.ShapeDtypeStruct(shape, jnp.float32)
-            for name, shape in parameter_shapes(config).items()
-        }
-        params = stack_blocks(map(checkpoint.read_block, checkpoint.block_names), specs)
+    checkpoint = open_checkpoint(converted)
+    if checkpoint.config != config:
+        raise QuotaError(f"{folder}: a model of other sizes than the one to train")
+    specs = {
+        name: jax.ShapeDtypeStruct(shape, jnp.float32)
+        for name, shape in parameter_shapes(config).items()
+    }
+    params = stack_blocks(map(checkpoint.read_block, checkpoint.block_names), specs)
     fresh = init_params(config, 0)
     heads = {name: value for name, value in fresh.items() if name not in model_params(fresh)}
     merged = {name: np.asarray(params.get(name, heads.get(name))) for name in fresh}

@@ -1,4 +1,4 @@
-"""Questions that need a hint in words, and all but one of them the picture too; names answer them."""
+"""Questions that need a hint in words, all but one also the picture; names answer them."""
 
 from __future__ import annotations
 

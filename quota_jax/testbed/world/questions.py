@@ -218,7 +218,9 @@ def ask_layout(
     # Wrong answers, and the true one at their head: [B, Q, 5, 6].
     table = xp.asarray(VALUE_IDS)
     spelled = (value < 0)[..., None]
-    named = xp.take_along_axis(names, xp.clip(value, 0, MAX_OPTIONS - 1)[..., None], axis=-1)[..., 0]
+    named = xp.take_along_axis(names, xp.clip(value, 0, MAX_OPTIONS - 1)[..., None], axis=-1)[
+        ..., 0
+    ]
     row = xp.where(hinted, NAME_START + named, xp.maximum(value, 0))
     truth = xp.where(spelled, spell(codes, xp), table[row])
     inventory = topics == TOPICS.index("inventory")
@@ -291,9 +293,7 @@ _MIX_TOPICS = np.array([TOPICS.index(topic) for topic, *_ in MIX], np.int32)
 _MIX_FORMS = np.array([FORMS.index(form) for _, form, _ in MIX], np.int32)
 
 
-def draw_requests(
-    uniforms: Any, xp: Any = np, hint_share: float | None = None
-) -> tuple[Any, Any]:
+def draw_requests(uniforms: Any, xp: Any = np, hint_share: float | None = None) -> tuple[Any, Any]:
     """Topics and forms [B, Q] of the training mix from uniforms [B, Q].
 
     ``hint_share`` makes the questions with a hint that share of all, in place of MIX's.

@@ -16,7 +16,7 @@ test:
 	$$python -m ruff check .
 	$$python -m ruff format --check .
 	$$python -m pyrefly check --python-interpreter-path $$python
-	$$python -m pytest -n auto $(PYTEST_ARGS)
+	$$python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 test-gpu:
 	@python3 -m pytest -m gpu $(PYTEST_ARGS)

@@ -44,7 +44,11 @@ print("calls", int(sys.argv[3]) - left, flush=True)
 def start(source: Path, out: Path, kill_at: int, root: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", CHILD, str(source), str(out), str(kill_at)]
     # A process that is killed must not share the compilation cache: half an entry would stay.
-    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_ENABLE_COMPILATION_CACHE": "0"}
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(root),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
+    }
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 

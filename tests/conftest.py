@@ -41,12 +41,12 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def drop_oldest_programs() -> None:
     """Keeps the suite's own compilation cache below ``CACHE_BYTES``."""
-    entries = sorted(CACHE.glob("*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    entries = sorted(CACHE.glob("*-cache"), key=lambda path: path.stat().st_mtime, reverse=True)
     total = 0
     for path in entries:
         total += path.stat().st_size
         if total > CACHE_BYTES:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -103,6 +103,17 @@ def run(model, batch, recipe):
     return logits, [(s.source, s.lengths, s.positions) for s in sequences]
 
 
+@jax.jit
+def embed(model, batch):
+    """Decoder inputs; one program instead of one for each of its operations."""
+    return model.embed(batch, model.visual_features(batch.pixels))
+
+
+@functools.partial(jax.jit, static_argnames="layer")
+def vision_states(model, pixels, layer):
+    return model.vision(pixels, (layer,))
+
+
 def places(stored, b):
     source, lengths, _ = stored
     return np.asarray(source)[b, : int(lengths[b])].tolist()
@@ -231,8 +242,8 @@ def test_stages_of_peers_equal_a_decoder_that_removes_tokens_by_hand(name):
     model: Any = build_model(config, None, init_params(config, jax.random.key(0)))
     batch = make()
     logits, stored = run(model, batch, STAGED)
-    embedded = np.asarray(model.embed(batch, model.visual_features(batch.pixels)), np.float64)
-    tower = np.asarray(model.tower_states(batch.pixels))
+    embedded = np.asarray(embed(model, batch), np.float64)
+    tower = np.asarray(jax.jit(lambda model: model.tower_states(batch.pixels))(model))
     slow = SlowDecoder(model)
     for b in range(3):
         length = int(batch.lengths[b])
@@ -304,11 +315,11 @@ def test_visionzip_equals_a_sequence_rebuilt_by_hand(strategy, monkeypatch):
     generated = np.asarray(logits).argmax(-1)[:, None]
     if steps > 1:
         generated = qj.generate(model, batch, recipe=recipe, max_new_tokens=steps).tokens
-    entry, states = (np.asarray(model.vision(batch.pixels, (i,))) for i in (0, 1))
+    entry, states = (np.asarray(vision_states(model, batch.pixels, i)) for i in (0, 1))
     attention, keys = class_attention(model, entry)
     # 25 or 26 and 50 or 52 tokens at .3, two pictures share theirs: the second takes the odd one.
     shares = [[8], [7, 8] if strategy == "default" else [8, 8], []]
-    embedded = np.asarray(model.embed(batch, model.visual_features(batch.pixels)), np.float64)
+    embedded = np.asarray(embed(model, batch), np.float64)
     picture, slow = 0, SlowDecoder(model)
     for b, budgets in enumerate(shares):
         length, images = int(batch.lengths[b]), len(budgets)

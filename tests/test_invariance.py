@@ -32,7 +32,10 @@ def programs() -> list[int]:
     return [function._cache_size() for function in jitted]
 
 
-@pytest.fixture(scope="module", params=["W16A16KV16", "W4A4KV4", "W8A8KV8", "W4A16KV4"])
+@pytest.fixture(
+    scope="module",
+    params=["W16A16KV16", "W4A4KV4", pytest.param("W8A8KV8", marks=pytest.mark.slow), "W4A16KV4"],
+)
 def vlm(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("invariance")
     folder = write_tiny_llava(root / "hf", num_layers=4, num_heads=4, num_kv_heads=2, image_size=56)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from quota_jax.bench import measure, measure_decoding, random_model
 from quota_jax.config import PRESETS
-from quota_jax.prune.presets import CANDIDATES
+from quota_jax.prune.presets import candidates
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe
 
@@ -44,8 +44,7 @@ def main() -> None:
         text = dataclasses.replace(config.text, num_layers=options.layers)
         config = dataclasses.replace(config, text=text)
     depth = config.text.num_layers
-    layers = [layer for layer in CANDIDATES[config.model_type] if layer < depth]
-    recipe = Recipe.uniform(num_layers=depth, layers=layers, keep=options.keep)
+    recipe = Recipe.uniform(num_layers=depth, layers=candidates(config), keep=options.keep)
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.preset}", flush=True)
 
     def model_of(method):

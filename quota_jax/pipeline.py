@@ -33,7 +33,7 @@ from quota_jax.checkpoint import Checkpoint, open_checkpoint, set_recipe
 from quota_jax.config import ModelConfig
 from quota_jax.errors import QuotaError
 from quota_jax.prune.allocator import Allocation, allocate, quota_recipe
-from quota_jax.prune.presets import CANDIDATES
+from quota_jax.prune.presets import candidates
 from quota_jax.prune.sensitivity import (
     Sensitivities,
     SensitivityOptions,
@@ -98,18 +98,6 @@ class PipelineOptions:
             raise QuotaError(f"keep must lie in [0, 1], got {self.keep}")
         if self.rounds < 1:
             raise QuotaError(f"rounds must be at least 1, got {self.rounds}")
-
-
-def candidates(config: ModelConfig) -> tuple[int, ...]:
-    """QUOTA's candidate layers, 0-based: the paper's five where the decoder is as deep as the
-    paper's, else five neighbors that begin at the same part of its depth (not at layer 0)."""
-    depth, published = config.text.num_layers, CANDIDATES[config.model_type]
-    full = {"llava": 32, "qwen2_5_vl": 28}[config.model_type]
-    first = published[0] if depth >= full else max(1, round(published[0] * depth / full))
-    layers = tuple(layer for layer in range(first, first + len(published)) if layer < depth)
-    if not layers:
-        raise QuotaError(f"the decoder has only {depth} layers: name the candidate layers")
-    return layers
 
 
 def selector(quantization: QuantizationConfig, *, residual: bool) -> Selector:

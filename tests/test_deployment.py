@@ -136,7 +136,7 @@ def test_a_measured_run_answers_as_any_other(tmp_path, monkeypatch) -> None:
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
     table = Table(name="table7", title="Deployed", rows=tuple(rows), baseline=rows[0])
-    provenance = {"command": "quota-jax reproduce --what table7"}
+    provenance = {"command": "quota-jax reproduce table7"}
     found, text = write_deployment(
         study,
         table,

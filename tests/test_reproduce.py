@@ -78,7 +78,7 @@ def test_a_study_runs_each_row_once_and_writes_its_table(study, tmp_path):
     missing = Row(label="missing", weights=ROUNDED, recipe=Derived(keep=0.1))
     pairs = ((rows[3], rows[2]), (rows[1], missing))
     table = Table(name="x", title="Some rows", rows=(*rows, missing), pairs=pairs)
-    provenance = {"command": "quota-jax reproduce --what x"}
+    provenance = {"command": "quota-jax reproduce x"}
     paper = PAPER["table3"].markdown()
     found, text, card = write_table(
         study, table, tmp_path / "tables", provenance=provenance, paper=paper
@@ -93,7 +93,7 @@ def test_a_study_runs_each_row_once_and_writes_its_table(study, tmp_path):
     assert [(pair["label"], pair["baseline"]) for pair in content["pairs"]] == [
         ("derived", "4 bits")
     ]
-    assert content["left out"] == ["missing: not run"]
+    assert content["left out"] == ["1 of 7 rows not run: missing"]
     assert "## In pairs" in text.read_text()
     lines = text.read_text().splitlines()
     assert sum(line.startswith("| half | 50 % |") for line in lines) == 1
@@ -168,11 +168,11 @@ def test_a_folder_holds_one_study(study, tmp_path, capsys):
         begin_study(tmp_path / "s", settings | {"limit": 5})
     with pytest.raises(QuotaError, match="is no study"):
         open_study(tmp_path)
-    command = ["reproduce", "--out", str(tmp_path / "t"), "--what", "table3"]
+    command = ["reproduce", "table3", "--out", str(tmp_path / "t")]
     assert main([*command, "--source", str(study.source)]) == 2
     assert "--source, --data and --samples belong together" in capsys.readouterr().err
     given = ["--source", study.source, "--data", study.data, "--samples", samples]
-    command = ["reproduce", "--out", str(tmp_path / "u"), "--what", "fig5", *map(str, given)]
+    command = ["reproduce", "fig5", "--out", str(tmp_path / "u"), *map(str, given)]
     assert main(command) == 2
     assert "fig5 is a figure of qwen2_5_vl, not of llava" in capsys.readouterr().err
 

@@ -212,7 +212,7 @@ def test_the_command_writes_table7_the_figure_and_pareto(
     given = ("--source", str(study.source), "--data", str(study.data), "--samples", "x.json")
     bench = bench_file(tmp_path / "bench.json")
     what = ("table7", "fig4", "pareto")
-    command = ["reproduce", "--out", str(own.out), "--what", *what, "--bench", str(bench), *given]
+    command = ["reproduce", *what, "--out", str(own.out), "--bench", str(bench), *given]
     assert main([*command, "--variant", "prune-only", "--keep", "0.5", "--pictures", "1"]) == 0
     wrote = [line for line in capsys.readouterr().out.splitlines() if line.startswith("wrote")]
     files = [Path(line.removeprefix("wrote ")) for line in wrote]
@@ -224,15 +224,17 @@ def test_the_command_writes_table7_the_figure_and_pareto(
     assert "not measured" in files[4].read_text()
     told = json.loads(files[0].read_text())["command"]
     assert told.endswith(
-        "--what pareto --source CHECKPOINT --data DATA --samples SAMPLES --bench BENCH"
+        "reproduce pareto --out OUT --source CHECKPOINT --data DATA --samples SAMPLES --bench BENCH"
     )
     told = json.loads(files[6].read_text())["command"]
     assert told.endswith("--variant prune-only --keep 0.5 --pictures 1")
 
 
 def test_refusals_of_the_command(tmp_path, capsys) -> None:
-    assert main(["reproduce", "--out", str(tmp_path / "x"), "--what", "pareto"]) == 2
+    assert main(["reproduce", "pareto", "--out", str(tmp_path / "x")]) == 2
     assert "pareto needs --bench" in capsys.readouterr().err
+    assert main(["reproduce", "--out", str(tmp_path / "x")]) == 2
+    assert "name a table or figure" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 

@@ -8,7 +8,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from quota_jax.cli.recipe import default_layers
 from quota_jax.errors import QuotaError
 
 if TYPE_CHECKING:
@@ -34,6 +33,7 @@ class RecipeOptions:
 
     def recipe(self, checkpoint: Checkpoint) -> Recipe:
         """The checkpoint's recipe, or the one that the options ask for."""
+        from quota_jax.prune.presets import candidates
         from quota_jax.recipe import Recipe
 
         depth = checkpoint.config.text.num_layers
@@ -45,7 +45,7 @@ class RecipeOptions:
             return Recipe.none(depth)
         if self.keep is None:
             return checkpoint.recipe
-        layers = self.layers or default_layers(checkpoint.config)
+        layers = self.layers or candidates(checkpoint.config)
         return Recipe.uniform(num_layers=depth, layers=layers, keep=self.keep)
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from quota_jax.cli.console import size, table
-from quota_jax.cli.recipe import default_layers
 from quota_jax.errors import QuotaError
 
 if TYPE_CHECKING:
@@ -53,6 +52,7 @@ class Bench:
 
         from quota_jax.bench import measure, random_model
         from quota_jax.config import PRESETS
+        from quota_jax.prune.presets import candidates
         from quota_jax.quantization import QuantizationConfig
         from quota_jax.recipe import Recipe
 
@@ -71,7 +71,7 @@ class Bench:
         recipes = [
             Recipe.none(depth)
             if keep == 1
-            else Recipe.uniform(num_layers=depth, layers=default_layers(config), keep=keep)
+            else Recipe.uniform(num_layers=depth, layers=candidates(config), keep=keep)
             for keep in self.keep
         ]
         results = []

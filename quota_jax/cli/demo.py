@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from quota_jax.cli.console import converters, progress, size, table
-from quota_jax.cli.recipe import default_layers, describe_recipe
+from quota_jax.cli.recipe import describe_recipe
 from quota_jax.errors import QuotaError
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ class Demo:
         from quota_jax.checkpoint import set_recipe
         from quota_jax.cli.demo_sheet import draw_sheet
         from quota_jax.config import config_from_hf
+        from quota_jax.prune.presets import candidates
         from quota_jax.quant.calibrate import calibrate
         from quota_jax.quantization import QuantizationConfig
         from quota_jax.recipe import Recipe, Selector
@@ -70,7 +71,7 @@ class Demo:
         config = config_from_hf(_hf_config(source))
         recipe = Recipe.uniform(
             num_layers=config.text.num_layers,
-            layers=default_layers(config),
+            layers=candidates(config),
             keep=self.keep,
             # Inputs that are not quantized have no residual to score by.
             selector=Selector(name="quota", redistribute=quantization.activation_bits == 16),

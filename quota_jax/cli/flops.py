@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 
 from quota_jax.cli.console import table
-from quota_jax.cli.recipe import default_layers
 from quota_jax.errors import QuotaError
 
 if TYPE_CHECKING:
@@ -96,6 +95,7 @@ class ShowFlops:
 
     def chosen(self, config: ModelConfig, stored: Recipe) -> Recipe:
         """The recipe to count: a file's, a uniform one, or the stored one."""
+        from quota_jax.prune.presets import candidates
         from quota_jax.recipe import Recipe
 
         if self.recipe is not None and self.keep is not None:
@@ -106,7 +106,7 @@ class ShowFlops:
             return read_recipe_file(self.recipe, config)
         if self.keep is None:
             return stored
-        layers = self.layers or default_layers(config)
+        layers = self.layers or candidates(config)
         return Recipe.uniform(num_layers=stored.num_layers, layers=layers, keep=self.keep)
 
 

@@ -167,7 +167,9 @@ class ShowRecipe(DeriveOptions, SelectionOptions):
             self._recipe(checkpoint, keep, self._allocate(checkpoint, keep, values).ratios)
 
     def _layers(self, checkpoint: Checkpoint) -> tuple[int, ...]:
-        layers = self.layers or default_layers(checkpoint.config)
+        from quota_jax.prune.presets import candidates
+
+        layers = self.layers or candidates(checkpoint.config)
         depth = checkpoint.config.text.num_layers
         if beyond := [layer for layer in layers if layer >= depth]:
             raise QuotaError(
@@ -207,6 +209,7 @@ class ShowRecipe(DeriveOptions, SelectionOptions):
         quiet: bool = False,
     ) -> tuple[Recipe, dict[str, Any]]:
         """The new recipe and its provenance."""
+        from quota_jax.prune.presets import candidates
         from quota_jax.recipe import Recipe
 
         config = checkpoint.config
@@ -233,7 +236,7 @@ class ShowRecipe(DeriveOptions, SelectionOptions):
         assert keep is not None
         recipe = Recipe.uniform(
             num_layers=config.text.num_layers,
-            layers=self.layers or default_layers(config),
+            layers=self.layers or candidates(config),
             keep=keep,
             selector=selector,
             point=self.point,
@@ -317,14 +320,3 @@ class ShowRecipe(DeriveOptions, SelectionOptions):
             elif value is not True:
                 parts.append(str(value))
         return shlex.join(parts)
-
-
-def default_layers(config: ModelConfig) -> tuple[int, ...]:
-    """The paper's candidate layers, as far as the decoder has them."""
-    from quota_jax.prune.presets import CANDIDATES
-
-    depth = config.text.num_layers
-    layers = tuple(layer for layer in CANDIDATES[config.model_type] if layer < depth)
-    if not layers:
-        raise QuotaError(f"the decoder has only {depth} layers: name some with --layers")
-    return layers

@@ -7,7 +7,9 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import tyro
 
 from quota_jax.errors import QuotaError
 
@@ -31,17 +33,17 @@ class Reproduce:
     made once.
 
     For example:
-      quota-jax reproduce --what table3 --model llava --out study
-      quota-jax reproduce --what fig4 --variant co-calibrated --keep 0.1 --out study
+      quota-jax reproduce table3 --model llava --out study
+      quota-jax reproduce fig4 --variant co-calibrated --keep 0.1 --out study
       quota-jax bench --preset llava_1_5_7b --method flatquant --keep 1 0.3 0.1 --json bench.json
-      quota-jax reproduce --what pareto --bench bench.json --out study
+      quota-jax reproduce pareto --bench bench.json --out study
     """
 
-    out: Path
-    """Folder of the study; tables come to OUT/tables."""
-    what: tuple[str, ...]
+    what: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TABLE")]
     """table1 to table7, scores, keep, methods, peers, fig3, fig4, fig5, or all; pareto: accuracy
     against speed and memory (with --bench, then also in all)."""
+    out: Path
+    """Folder of the study; tables come to OUT/tables."""
     model: Literal["llava", "qwen2_5_vl"] = "llava"
     """The shipped small model, where no --source is given."""
     source: Path | None = None
@@ -91,6 +93,8 @@ class Reproduce:
         from quota_jax.reproduce.tables import make_table
         from quota_jax.reproduce.work import begin_study, plan_of
 
+        if not self.what:
+            raise QuotaError("name a table or figure, for example table3, or all")
         if self.jobs < 1:
             raise QuotaError(f"--jobs must be at least 1, got {self.jobs}")
         if "pareto" in self.what and self.bench is None:
@@ -233,7 +237,7 @@ class Reproduce:
 
     def command(self, what: str) -> str:
         """The command that makes one table again."""
-        parts = ["quota-jax reproduce", "--out OUT", f"--what {what}"]
+        parts = [f"quota-jax reproduce {what}", "--out OUT"]
         if self.source is None:
             parts.append(f"--model {self.model}")
         else:

@@ -68,7 +68,7 @@ def peer_recipe(
     Where and by which rule of positions (Qwen2.5-VL keeps positions throughout: rows and columns
     are part of them, and no authors' rule for it is known to us, except that VisionZip refuses):
 
-    - ``quota``, ``text_attention``: layers 2-6 or 7-11, positions kept.
+    - ``quota``, ``text_attention``: the candidate layers (``candidates``), positions kept.
     - ``fastv``: entry of layer K = 2 by the last token's attention in layer 1, positions kept.
     - ``pyramid_drop``: entries of layers 8, 16, 24 of 32, each keeps the same share of the one
       before (published: half), renumbered. A cost below what these layers allow with a quarter kept
@@ -202,12 +202,12 @@ def _family(
     text = config.text
     control = name in ("random", "stride")
     if name in ("quota", "text_attention") or (control and layers is not None):
-        candidates = _candidates(config) if layers is None else tuple(layers)
-        values = [0.0] * len(candidates) if sensitivities is None else sensitivities
+        chosen = candidates(config) if layers is None else tuple(layers)
+        values = [0.0] * len(chosen) if sensitivities is None else sensitivities
 
         def staged(keep: float) -> Recipe:
-            ratios = allocate(values, candidates, keep).ratios
-            return quota_recipe(text.num_layers, candidates, ratios, selector=selector)
+            ratios = allocate(values, chosen, keep).ratios
+            return quota_recipe(text.num_layers, chosen, ratios, selector=selector)
 
         return staged
     if _at_exit(name, selector):
@@ -230,11 +230,19 @@ def _at_exit(name: str, selector: Selector | None) -> bool:
     return name in AT_EXIT or (name == "qapruner" and inside)
 
 
-def _candidates(config: ModelConfig) -> tuple[int, ...]:
-    depth = config.text.num_layers
-    layers = tuple(layer for layer in CANDIDATES[config.model_type] if layer < depth)
+def candidates(config: ModelConfig) -> tuple[int, ...]:
+    """QUOTA's candidate layers, 0-based: the paper's five where the decoder is as deep as the
+    paper's, else five neighbors that begin at the same part of its depth (not at layer 0).
+
+    Raises:
+      QuotaError: the decoder has no layer there.
+    """
+    depth, published = config.text.num_layers, CANDIDATES[config.model_type]
+    full = {"llava": 32, "qwen2_5_vl": 28}[config.model_type]
+    first = published[0] if depth >= full else max(1, round(published[0] * depth / full))
+    layers = tuple(layer for layer in range(first, first + len(published)) if layer < depth)
     if not layers:
-        raise QuotaError(f"the decoder has only {depth} layers: name QUOTA's candidates in layers")
+        raise QuotaError(f"the decoder has only {depth} layers: name the candidate layers")
     return layers
 
 

@@ -70,8 +70,10 @@ def write_table(
     with the paper's own figures.
     """
     entries = collect(study, table)
-    unrun = [f"{row.label}: not run" for row in table.rows if not study.complete(row)]
-    table = dataclasses.replace(table, notes=(*table.notes, *unrun))
+    unrun = [row.label for row in table.rows if not study.complete(row)]
+    if unrun:
+        note = f"{len(unrun)} of {len(table.rows)} rows not run: {'; '.join(unrun)}"
+        table = dataclasses.replace(table, notes=(*table.notes, note))
     content = {"table": table.name, "title": table.title, **provenance, "rows": entries}
     pairs = content["pairs"] = collect_pairs(study, table)
     content["left out"] = list(table.notes)

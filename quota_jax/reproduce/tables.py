@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from quota_jax.config import ModelConfig
 from quota_jax.errors import QuotaError
-from quota_jax.pipeline import PipelineOptions, candidates, equal_recipe, selector
+from quota_jax.pipeline import PipelineOptions, equal_recipe, selector
 from quota_jax.prune.presets import AT_EXIT, Protocol, llm_flops_ratio, peer_recipe
 from quota_jax.prune.weights import QuotaWeights
 from quota_jax.quantization import MODULES, QuantizationConfig
@@ -283,14 +283,7 @@ def peers(plan: Plan) -> Table:
         ]
         for name in PEERS:
             try:
-                layers = candidates(config) if name == "text_attention" else None
-                recipe = peer_recipe(
-                    name,
-                    config,
-                    target_flops_ratio=ratio,
-                    layers=layers,
-                    protocol=plan.protocol,
-                )
+                recipe = peer_recipe(name, config, target_flops_ratio=ratio, protocol=plan.protocol)
             except QuotaError as error:  # not to be had at this cost, or on this model
                 notes.append(f"{name} {share}: {error}")
                 continue
@@ -327,7 +320,7 @@ def table7(plan: Plan) -> Table:
 
 
 def pareto(plan: Plan) -> Table:
-    """Precisions, pruned and not: what `reproduce --what pareto` sets beside speeds."""
+    """Precisions, pruned and not: what `reproduce pareto` sets beside speeds."""
     rows = [FULL]
     rows += [variant_row("prune-only", plan.config, "", keep=keep) for keep in (KEEP, 0.1)]
     for bits in LOW_BIT:

@@ -18,7 +18,7 @@ import pallas_kernels.int4_matmul.api as matmul_api
 import pallas_kernels.int4_matmul.reference as matmul_reference
 from pallas_kernels.accelerator import Gpu, find_gpu
 from pallas_kernels.attention import BLOCK, causal_attention
-from pallas_kernels.dispatch import choices
+from pallas_kernels.dispatch import choices, resolve
 from pallas_kernels.int4_matmul import int4_matmul, integer_matmul
 from pallas_kernels.kv4_attention import (
     decode_attention,
@@ -164,6 +164,23 @@ def test_a_named_implementation_that_cannot_run_fails_loudly(monkeypatch, impl, 
     codes, scale = quantize_weight(jnp.asarray(random(128, 128)), 4)
     with pytest.raises(ValueError, match=words):
         int4_matmul(x, x_scale, pack_int4(codes), scale, impl=impl)
+
+
+def test_operations_can_be_left_to_xla(monkeypatch):
+    def auto(operation):
+        return resolve(operation, "auto", "pallas_triton", ("pallas_triton", "xla"), {})
+
+    assert auto("kv4_append") == "pallas_triton"
+    monkeypatch.setenv("QUOTA_JAX_XLA", "int4_matmul, kv4_append")
+    assert (auto("kv4_append"), auto("kv4_attention")) == ("xla", "pallas_triton")
+    monkeypatch.setenv("QUOTA_JAX_XLA", "all")
+    assert auto("kv4_attention") == "xla"
+    # One that is named is taken all the same.
+    known = ("pallas_triton", "xla")
+    assert resolve("kv4_append", "pallas_triton", "xla", known, {}) == "pallas_triton"
+    monkeypatch.setenv("QUOTA_JAX_XLA", "int4_matmull")
+    with pytest.raises(ValueError, match="int4_matmull"):
+        auto("kv4_append")
 
 
 def test_int8_products_are_refused_where_xla_gets_them_wrong(monkeypatch):

@@ -27,9 +27,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if not on_gpu:
         os.environ["JAX_PLATFORMS"] = "cpu"
     # Even a program of one operation takes 30 ms to compile and 8 ms to read back: all are kept.
-    # JAX's own bound on the folder lists it whole for every entry, so it is cut down here, once.
+    # JAX's own bound on the folder lists it whole for every entry, so it is cut down here, once;
+    # the bound that commands set would fail on entries written without it.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", "-1")
     if not hasattr(config, "workerinput"):
         drop_oldest_programs()
     # transformers' advice on missing packages is no test result.

@@ -159,8 +159,13 @@ load_peak = status("VmHWM") - start
 sizes = checkpoint.sizes()
 print(write_peak, load_peak, max(sizes["blocks"].values()) / 2**20, sizes["logical"] / 2**20)
 """
-    # Makes the C allocator return freed arrays, so that the peak is of what is held.
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
+    # Makes the C allocator return freed arrays, so that the peak is of what is held; serialized
+    # programs are none of it.
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "262144",
+        "JAX_ENABLE_COMPILATION_CACHE": "false",
+    }
     output = run_python(program, tmp_path, env=environment)
     write_peak, load_peak, block, model = map(float, output.split())
     assert model > 19 * block > 170

@@ -59,7 +59,7 @@ def test_demo_shows_truth_beside_both_answers_and_saves_pictures(
     assert "of 6 " in text
     small = open_checkpoint(out / "W4A4KV4")
     assert small.quantization.label == "W4A4KV4"
-    stages = [2, 3] if family == "llava" else [7]
+    stages = [1, 2, 3] if family == "llava" else [2, 3, 4, 5, 6]
     assert [stage.layer for stage in small.recipe.stages] == stages
     assert small.recipe.stages[-1].keep == 0.25
     assert open_checkpoint(out / "full").recipe.is_none

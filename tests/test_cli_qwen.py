@@ -79,7 +79,6 @@ def test_inspect_and_recipe_describe_the_model(files: Path, capsys):
         (["--image", "{files}/wide.png"], "aspect ratio"),
         (["--template", "zephyr"], "chatml"),
         (["--image", "{files}/hf/config.json"], "not a picture"),
-        (["--keep", "0.3"], "name some with --layers"),
     ],
 )
 def test_bad_input_is_one_line(files: Path, capsys, options: list[str], message: str):

@@ -30,8 +30,6 @@ from tests.test_transform_quantize import HOPPER, lower, newer_jax
 from tests.tiny_models import draw_picture, write_tiny_llava
 from tests.tiny_qwen import write_tiny_qwen
 
-pytestmark = pytest.mark.optimized
-
 LENGTHS = [[20, 7, 33], [11, 64, 5], [4, 2, 63]]
 """Three groups, three samples; one that is full before and one that fills up in between."""
 

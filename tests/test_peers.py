@@ -18,7 +18,7 @@ from quota_jax.errors import QuotaError
 from quota_jax.flops import paper_flops
 from quota_jax.prune.mmtok import mmtok_ranks
 from quota_jax.prune.options import MmtokOptions, QaprunerOptions, SqapOptions, VisionZipOptions
-from quota_jax.prune.presets import PEERS, Protocol, llm_flops_ratio, peer_recipe
+from quota_jax.prune.presets import PEERS, Protocol, candidates, llm_flops_ratio, peer_recipe
 from quota_jax.prune.qapruner import qapruner_score, relevance
 from quota_jax.prune.select import Sequence, keep_mask, picture_shares
 from quota_jax.prune.sqap import sqap_ranks
@@ -290,7 +290,11 @@ def stage(selector: Any, **fields: Any) -> Any:
 
 
 LLAVA, QWEN = PRESETS["llava_1_5_7b"], PRESETS["qwen2_5_vl_7b"]
-SHALLOW: Any = dataclasses.replace(LLAVA, text=dataclasses.replace(LLAVA.text, num_layers=2))
+def with_layers(count: int) -> Any:
+    return dataclasses.replace(LLAVA, text=dataclasses.replace(LLAVA.text, num_layers=count))
+
+
+SHALLOW = with_layers(2)
 
 
 @pytest.mark.parametrize(
@@ -315,6 +319,7 @@ SHALLOW: Any = dataclasses.replace(LLAVA, text=dataclasses.replace(LLAVA.text, n
         (lambda: peer_recipe("visionzip", QWEN, keep=0.5), "qwen2_5_vl has none"),
         (lambda: peer_recipe("mmtok", QWEN, keep=0.5, layers=(1,)), "it takes no layers"),
         (lambda: peer_recipe("pyramid_drop", SHALLOW, keep=0.5), "has only 2 layers"),
+        (lambda: candidates(with_layers(1)), "has only 1 layers"),
         (
             lambda: peer_recipe("quota", QWEN, target_flops_ratio=0.1),
             r"quota cannot cost 0.1 of the unpruned model: the least is 0.33",

@@ -290,6 +290,8 @@ def stage(selector: Any, **fields: Any) -> Any:
 
 
 LLAVA, QWEN = PRESETS["llava_1_5_7b"], PRESETS["qwen2_5_vl_7b"]
+
+
 def with_layers(count: int) -> Any:
     return dataclasses.replace(LLAVA, text=dataclasses.replace(LLAVA.text, num_layers=count))
 

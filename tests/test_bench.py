@@ -33,7 +33,12 @@ def tiny(family: str) -> ModelConfig:
 
 
 @pytest.mark.parametrize(
-    ("family", "label"), [("llava", "W4A4KV4"), ("llava", "W16A16KV16"), ("qwen", "W4A4KV4")]
+    ("family", "label"),
+    [
+        ("llava", "W4A4KV4"),
+        ("llava", "W16A16KV16"),
+        pytest.param("qwen", "W4A4KV4", marks=pytest.mark.slow),
+    ],
 )
 def test_a_measurement_counts_tokens_and_bytes(family: str, label: str):
     config = tiny(family)

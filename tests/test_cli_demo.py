@@ -34,7 +34,7 @@ def shipped(monkeypatch, untrained: dict[str, Path]) -> None:
     monkeypatch.setattr(testbed, "small_model_path", untrained.__getitem__)
 
 
-@pytest.mark.parametrize("family", list(LAYERS))
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_demo_shows_truth_beside_both_answers_and_saves_pictures(
     family: str, tmp_path: Path, capsys
 ) -> None:

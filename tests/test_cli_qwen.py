@@ -53,6 +53,7 @@ def test_generate_answers_as_the_library_does(files: Path, name: str, capsys):
     assert out.strip() == answer(files / name, "what is the color", *images)
 
 
+@pytest.mark.slow
 def test_chat_keeps_the_picture_of_an_earlier_turn(files: Path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("what is the color\nis there a car\n"))
     command = ["chat", str(files / "w4"), "--image", str(files / "a.png"), "--max-new", "4"]

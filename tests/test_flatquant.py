@@ -313,7 +313,7 @@ def test_before_folding_equals_after_folding(family):
 
 @pytest.mark.parametrize(
     ("family", "label"),
-    [("llava", "W4A4KV4"), ("qwen", "W4A4KV4")]
+    [("llava", "W4A4KV4"), pytest.param("qwen", "W4A4KV4", marks=pytest.mark.slow)]
     + [
         pytest.param("llava", label, marks=pytest.mark.slow)
         for label in ("W4A8KV4", "W8A8KV8", "W4A16KV16")

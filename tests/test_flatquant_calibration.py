@@ -240,6 +240,7 @@ def run_killed(source: Path, out: Path, limit: int) -> subprocess.CompletedProce
     )
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_identical_arrays(plain, tmp_path):
     whole, quantization = tmp_path / "whole", parse("W4A4KV4", modules=("decoder",))
     options = FlatQuantOptions(steps=3)
@@ -402,6 +403,7 @@ def test_bad_options_are_one_line(plain, tmp_path, capsys, options, message):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_command(plain, tmp_path, capsys):
     draw_picture(1).save(tmp_path / "a.png")
     entries = [

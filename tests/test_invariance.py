@@ -34,7 +34,11 @@ def programs() -> list[int]:
 
 @pytest.fixture(
     scope="module",
-    params=["W16A16KV16", "W4A4KV4", pytest.param("W8A8KV8", marks=pytest.mark.slow), "W4A16KV4"],
+    params=["W4A4KV4"]
+    + [
+        pytest.param(label, marks=pytest.mark.slow)
+        for label in ("W16A16KV16", "W8A8KV8", "W4A16KV4")
+    ],
 )
 def vlm(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("invariance")

@@ -218,6 +218,7 @@ def test_entropies_are_those_of_the_models_own_states(tmp_path) -> None:
     np.testing.assert_allclose(found, [entropy(part) for part in states], atol=2e-3)
 
 
+@pytest.mark.slow
 def test_the_command_and_bits_given_beforehand(tmp_path, capsys) -> None:
     convert(write_tiny_llava(tmp_path / "hf"), tmp_path / "full")
     data = tmp_path / "calib.json"

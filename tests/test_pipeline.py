@@ -36,7 +36,7 @@ from tests.tiny_qwen import write_tiny_qwen
 ROUNDED = QuantizationConfig.parse("W4A4KV4")
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen"])
+@pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def source(request, tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp(request.param)
     if request.param == "llava":

@@ -193,6 +193,7 @@ def test_bench_files_that_do_not_fit_are_refused(study, tmp_path) -> None:
         write_pareto(answered, table, bench, tmp_path / "t", provenance={})
 
 
+@pytest.mark.slow
 def test_the_command_writes_table7_the_figure_and_pareto(
     study, tmp_path, monkeypatch, capsys
 ) -> None:

@@ -43,12 +43,9 @@ print("calls", int(sys.argv[3]) - left, flush=True)
 
 def start(source: Path, out: Path, kill_at: int, root: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", CHILD, str(source), str(out), str(kill_at)]
-    # A process that is killed must not share the compilation cache: half an entry would stay.
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(root),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9",
-    }
+    # A process that is killed must not share the compilation cache: half an entry would stay, and
+    # what it reads there would be counted with its own files.
+    environment = {**os.environ, "PYTHONPATH": str(root), "JAX_ENABLE_COMPILATION_CACHE": "0"}
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
@@ -105,7 +102,9 @@ def test_killed_at_seeded_random_points(tmp_path: Path, root: Path) -> None:
         late = tmp_path / f"late{kill_at}"
         child = start(source, late, kill_at, root)
         child.communicate(timeout=120)
-        assert child.returncode == -signal.SIGKILL
+        # Orbax's threads do not always make the same number of calls: it may have come through.
+        assert child.returncode in (0, -signal.SIGKILL)
+        assert child.returncode or late.exists()
         if not late.exists():
             assert_nothing_loadable(late)
             convert(source, late)

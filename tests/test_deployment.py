@@ -135,7 +135,8 @@ def test_a_measured_run_answers_as_any_other(tmp_path, monkeypatch) -> None:
         paths = [study.folder(row) / "predictions.jsonl" for row in (one, other)]
         assert paths[0].read_bytes() == paths[1].read_bytes()
 
-    table = Table(name="table7", title="Deployed", rows=tuple(rows), baseline=rows[0])
+    unrun = Row(label="never run", blind=True, measured=True)
+    table = Table(name="table7", title="Deployed", rows=(unrun, *rows), baseline=rows[0])
     provenance = {"command": "quota-jax reproduce table7"}
     found, text = write_deployment(
         study,
@@ -144,7 +145,9 @@ def test_a_measured_run_answers_as_any_other(tmp_path, monkeypatch) -> None:
         provenance=provenance,
         paper=PAPER["table7"].markdown(),
     )
-    first, second = (row["deployment"] for row in json.loads(found.read_text())["rows"])
+    content = json.loads(found.read_text())
+    assert content["left out"] == ["1 of 3 rows not run: never run"]
+    first, second = (row["deployment"] for row in content["rows"])
     assert first["tasks"]["tiny"]["watts"] is first["tasks"]["tiny"]["peak_bytes"] is None
     assert first["tasks"]["tiny"]["passes"] == 1
     assert second["tasks"]["tiny"]["watts"] == pytest.approx(1000, rel=0.05)

@@ -363,18 +363,24 @@ def test_training_starts_from_a_trained_model(tmp_path):
     converted = convert(small_qwen_path(), tmp_path / "start")
     start = read_start(small_qwen_path(), converted, SMALL_MODELS["qwen2_5_vl"])
     params = {name: np.asarray(value) for name, value in start.params.items()}
-    with safe_open(next(small_qwen_path().glob("*.safetensors")), "np") as file:
-        keys = [key for key in file.keys() if key.endswith("down_proj.weight")]  # noqa: SIM118
-        stored = {key: file.get_tensor(key).astype(np.float32) for key in keys}
-    for key, value in stored.items():
-        layer = int(key.split("layers.")[-1].split(".")[0]) if "layers." in key else None
-        if "visual" not in key and layer is not None:
-            np.testing.assert_array_equal(params["decoder.layers.mlp.down.weight"][layer], value)
+    seen = set()
+    for path in small_qwen_path().glob("*.safetensors"):
+        with safe_open(path, "np") as file:
+            for key in file.keys():  # noqa: SIM118
+                if "visual" in key or not key.endswith("down_proj.weight"):
+                    continue
+                layer = int(key.split("layers.")[-1].split(".")[0])
+                stored = file.get_tensor(key).astype(np.float32)
+                found = params["decoder.layers.mlp.down.weight"][layer]
+                np.testing.assert_array_equal(found, stored)
+                seen.add(layer)
+    assert seen == set(range(12))
     assert not params["aux.kind.weight"].any()
     assert {value.dtype for value in params.values()} == {np.dtype("float32")}
     assert start.reports[-1]["family"] == "qwen2_5_vl"
     state = init_state(tiny(), start.params)
-    assert state.params is not start.params
+    for name, value in state.params.items():
+        np.testing.assert_array_equal(value, params[name])
     with pytest.raises(QuotaError, match="other sizes"):
         read_start(small_qwen_path(), converted, tiny_model("qwen2_5_vl"))
 

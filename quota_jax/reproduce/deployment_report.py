@@ -6,10 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from quota_jax.checkpoint.format import encode_json, write_file
 from quota_jax.reproduce.deployment import MIN_SECONDS, read_deployment
 from quota_jax.reproduce.power import INTERVAL
-from quota_jax.reproduce.report import collect
+from quota_jax.reproduce.report import as_run, collect, store
 from quota_jax.reproduce.study import Study
 from quota_jax.reproduce.tables import Table
 
@@ -25,17 +24,12 @@ def write_deployment(
     paper: Sequence[str] = (),
 ) -> tuple[Path, ...]:
     """Writes NAME.json and NAME.md of a table of measured rows into ``folder``."""
+    table = as_run(study, table)
     entries = [
         {**entry, "deployment": read_deployment(study.folder(row))}
         for entry, row in zip(collect(study, table), table.rows, strict=True)
     ]
-    content = {"table": table.name, "title": table.title, **provenance, "rows": entries}
-    content["left out"] = list(table.notes)
-    folder.mkdir(parents=True, exist_ok=True)
-    files = tuple(folder / f"{table.name}.{ending}" for ending in ("json", "md"))
-    write_file(files[0], encode_json(content, str(files[0])))
-    write_file(files[1], markdown(table, entries, provenance, paper).encode())
-    return files
+    return store(folder, table, provenance, entries, markdown(table, entries, provenance, paper))
 
 
 def markdown(

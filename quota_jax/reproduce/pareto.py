@@ -18,7 +18,7 @@ from quota_jax.errors import QuotaError
 from quota_jax.figures.canvas import check_plots
 from quota_jax.figures.pareto_plot import Mark, Panel, draw_pareto
 from quota_jax.recipe import Recipe
-from quota_jax.reproduce.report import collect, percent
+from quota_jax.reproduce.report import as_run, collect, percent
 from quota_jax.reproduce.study import Derived, Row, Study
 from quota_jax.reproduce.tables import Table
 
@@ -109,6 +109,7 @@ def write_pareto(
       QuotaError: the bench file has none of the table's precisions and recipes.
     """
     check_plots()
+    table = as_run(study, table)
     entries = collect(study, table)
     scores = _scores(table.rows, entries)
     lines = {size: _marks(scores, costs) for size, costs in bench.costs.items()}

@@ -9,18 +9,37 @@ from pathlib import Path
 from typing import Any
 
 from quota_jax.checkpoint.format import encode_json, write_file
+from quota_jax.errors import QuotaError
 from quota_jax.evaluate.compare import Interval
 from quota_jax.evaluate.summary import Summary
 from quota_jax.reproduce.study import Row, Study
 from quota_jax.reproduce.tables import Table
 
 
+def as_run(study: Study, table: Table) -> Table:
+    """The rows and pairs that were run; a note names the others.
+
+    Raises:
+      QuotaError: nothing was run, or not what all rows are compared with.
+    """
+    done = {row.run_name for row in (*table.rows, table.baseline) if study.complete(row)}
+    rows = tuple(row for row in table.rows if row.run_name in done)
+    if not rows or table.baseline.run_name not in done:
+        raise QuotaError(f"{table.name}: no row was run, or not {table.baseline.label!r}")
+    unrun = [row.label for row in table.rows if row.run_name not in done]
+    notes = table.notes
+    if unrun:
+        notes += (f"{len(unrun)} of {len(table.rows)} rows not run: {'; '.join(unrun)}",)
+    pairs = tuple(pair for pair in table.pairs if {row.run_name for row in pair} <= done)
+    return dataclasses.replace(table, rows=rows, pairs=pairs, notes=notes)
+
+
 def collect(study: Study, table: Table) -> list[dict[str, Any]]:
-    """One entry for each row that was run: label, facts, scores in the tasks' own units, mean
-    retention and retention above chance of the row's run against the baseline's, as fractions with
-    95 % intervals."""
+    """One entry for each row: label, facts, scores in the tasks' own units, mean retention and
+    retention above chance of the row's run against the baseline's, as fractions with 95 %
+    intervals."""
     entries = []
-    for row in filter(study.complete, table.rows):
+    for row in table.rows:
         baseline = None if row.run_name == table.baseline.run_name else table.baseline
         summary = study.summary(row, baseline)
         entries.append(_entry(row, summary))
@@ -69,21 +88,30 @@ def write_table(
     provenance: command, machine, versions: stored, and told under the table. paper: Markdown lines
     with the paper's own figures.
     """
-    entries = collect(study, table)
-    unrun = [row.label for row in table.rows if not study.complete(row)]
-    if unrun:
-        note = f"{len(unrun)} of {len(table.rows)} rows not run: {'; '.join(unrun)}"
-        table = dataclasses.replace(table, notes=(*table.notes, note))
-    content = {"table": table.name, "title": table.title, **provenance, "rows": entries}
-    pairs = content["pairs"] = collect_pairs(study, table)
+    table = as_run(study, table)
+    entries, pairs = collect(study, table), collect_pairs(study, table)
+    text = markdown(table, entries, provenance, paper, pairs)
+    files = store(folder, table, {**provenance, "pairs": pairs}, entries, text)
+    card = folder / f"{table.name}.card.json"
+    write_file(card, encode_json(for_card(table, entries, provenance), str(card)))
+    return (*files, card)
+
+
+def store(
+    folder: Path,
+    table: Table,
+    told: Mapping[str, Any],
+    entries: Sequence[Mapping[str, Any]],
+    text: str,
+) -> tuple[Path, Path]:
+    """Writes NAME.json (what is ``told``, a row for each entry, notes) and NAME.md (``text``)."""
+    content = {"table": table.name, "title": table.title, **told, "rows": list(entries)}
     content["left out"] = list(table.notes)
     folder.mkdir(parents=True, exist_ok=True)
-    files = tuple(folder / f"{table.name}.{ending}" for ending in ("json", "md", "card.json"))
-    write_file(files[0], encode_json(content, str(files[0])))
-    write_file(files[1], markdown(table, entries, provenance, paper, pairs).encode())
-    card = for_card(table, entries, provenance)
-    write_file(files[2], encode_json(card, str(files[2])))
-    return files
+    data, page = (folder / f"{table.name}.{ending}" for ending in ("json", "md"))
+    write_file(data, encode_json(content, str(data)))
+    write_file(page, text.encode())
+    return data, page
 
 
 def markdown(
@@ -128,13 +156,11 @@ def markdown(
 
 
 def collect_pairs(study: Study, table: Table) -> list[dict[str, Any]]:
-    """Retention of rows against other rows than the table's baseline, where both were run."""
-    found = []
-    for row, other in table.pairs:
-        if study.complete(row) and study.complete(other):
-            entry = _entry(row, study.summary(row, other))
-            found.append({"baseline": other.label, **entry})
-    return found
+    """Retention of rows against other rows than the table's baseline."""
+    return [
+        {"baseline": other.label, **_entry(row, study.summary(row, other))}
+        for row, other in table.pairs
+    ]
 
 
 SEED = re.compile(r" \(seed \d+\)$")

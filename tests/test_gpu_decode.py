@@ -165,10 +165,16 @@ def test_the_fused_step_is_near_the_modules(monkeypatch, family, method, dtype):
             np.asarray(unpack_uint4(getattr(g[0], kind)[0][0]), int)
             for g in (cache, expected_cache)
         )
+        zeros, other_zeros = (
+            np.asarray(getattr(g[0], kind)[2][0], int) for g in (cache, expected_cache)
+        )
         for sample, length in enumerate(LENGTHS[0]):
-            off = np.abs(codes[sample, :, length] - reference[sample, :, length])
+            # A zero on the other side of a boundary moves all codes of its head by one, not what
+            # they mean: they count from their zero.
+            off = codes[sample, :, length] - zeros[sample, :, length, None]
+            off -= reference[sample, :, length] - other_zeros[sample, :, length, None]
             # Of unrelated codes it is about 5.
-            assert off.mean() <= 0.25
+            assert np.abs(off).mean() <= 0.25
             codes[sample, :, length] = reference[sample, :, length]
         np.testing.assert_array_equal(codes, reference)
 

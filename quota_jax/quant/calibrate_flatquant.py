@@ -45,6 +45,10 @@ from quota_jax.quant.folding import (
 from quota_jax.quant.streaming import FEEDS, Transform
 from quota_jax.quantization import OUTPUT_TRANSFORMS, QuantizationConfig
 
+RESIDENT_BYTES = 12 << 30
+"""A block's inputs and outputs stay on the device while it is trained, up to so many bytes; more
+are copied there batch by batch, in every round again."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlatQuantOptions:
@@ -203,6 +207,8 @@ class Task:
         """
         params = {key: jnp.asarray(value, jnp.float32) for key, value in stored.items()}
         masks = data.masks(self.block)
+        if sum(array.nbytes for array in (*inputs, *outputs)) <= RESIDENT_BYTES:
+            inputs, outputs = jax.device_put((inputs, outputs))
         learned = self.begin(name, params, inputs, data.batches, masks)
         state = self.options.optimizer().init(learned)
         losses: list[jax.Array] = []

@@ -45,9 +45,9 @@ from quota_jax.quant.folding import (
 from quota_jax.quant.streaming import FEEDS, Transform
 from quota_jax.quantization import OUTPUT_TRANSFORMS, QuantizationConfig
 
-RESIDENT_BYTES = 12 << 30
-"""A block's inputs and outputs stay on the device while it is trained, up to so many bytes; more
-are copied there batch by batch, in every round again."""
+RESIDENT_SHARE = 0.25
+"""A block's inputs and outputs stay on an accelerator while it is trained where they take at most
+this share of its memory; otherwise every step copies its batch there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,7 +207,8 @@ class Task:
         """
         params = {key: jnp.asarray(value, jnp.float32) for key, value in stored.items()}
         masks = data.masks(self.block)
-        if sum(array.nbytes for array in (*inputs, *outputs)) <= RESIDENT_BYTES:
+        room = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 0)  # a CPU tells none
+        if sum(array.nbytes for array in (*inputs, *outputs)) <= RESIDENT_SHARE * room:
             inputs, outputs = jax.device_put((inputs, outputs))
         learned = self.begin(name, params, inputs, data.batches, masks)
         state = self.options.optimizer().init(learned)

@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--families", default=",".join(FAMILIES), help="comma-separated; default: all seven"
     )
-    parser.add_argument("--style", default="training", help=f"one of {', '.join(STYLES)}")
+    parser.add_argument("--style", default=STYLES[0], help=f"one of {', '.join(STYLES)}")
     arguments = parser.parse_args(argv)
     try:
         manifest = write_benchmarks(

@@ -14,7 +14,6 @@ import numpy as np
 
 from quota_jax.testbed.world.layout import (
     Difficulty,
-    Layout,
     sample_layout,
     scene_uniforms,
 )
@@ -66,10 +65,6 @@ class Draft:
     items: tuple[Item, ...]
     uniforms: np.ndarray
     difficulty: Difficulty
-
-    def layout(self, style: int | None = None) -> Layout:
-        """All scenes of the draft."""
-        return sample_layout(self.uniforms, self.difficulty, style=style)
 
 
 def sentence(text: str) -> str:

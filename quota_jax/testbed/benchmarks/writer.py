@@ -21,15 +21,15 @@ from PIL import Image
 from tqdm import tqdm
 
 from quota_jax.errors import QuotaError
-from quota_jax.testbed.benchmarks.family import SPLITS, Bundle
+from quota_jax.testbed.benchmarks.family import SPLITS, Bundle, is_unseen
 from quota_jax.testbed.world.layout import HELD_OUT, Layout, sample_layout
 from quota_jax.testbed.world.renderer import render_nhwc
 
 FAMILIES: tuple[str, ...] = (
     "pope", "gqa", "mme", "mmbench", "seedbench", "scienceqa", "textvqa",
 )  # fmt: skip
-STYLES: tuple[str, ...] = ("training", "held-out")
-VERSION = 1
+STYLES: tuple[str, ...] = ("mixed", "training", "held-out")
+VERSION = 2
 """Of the generator: raised when questions change, together with the frozen hashes."""
 MANIFEST = "manifest.json"
 _CHUNK = 8
@@ -46,8 +46,10 @@ def frozen_hashes() -> dict[str, Any]:
 
 
 def question_digest(bundle: Bundle) -> str:
-    """One sha256 over the paths and hashes of a family's question files."""
-    return hashlib.sha256(json.dumps(bundle.question_hashes()).encode()).hexdigest()
+    """One sha256 over the paths and hashes of a family's question files, and over which pictures
+    are drawn in the held-out style."""
+    fixed = [bundle.question_hashes(), bundle.unseen()]
+    return hashlib.sha256(json.dumps(fixed).encode()).hexdigest()
 
 
 def freeze() -> bytes:
@@ -65,7 +67,7 @@ def write_benchmarks(
     split: str,
     limit: int | None = None,
     families: Sequence[str] = FAMILIES,
-    style: str = "training",
+    style: str = "mixed",
     progress: bool = True,
 ) -> dict[str, Any]:
     """Write `families` of a split into `out` and return the manifest.
@@ -73,7 +75,8 @@ def write_benchmarks(
     The same call again completes or checks what is there; families can be added. A folder that
     holds another split, limit, style or version, or other files, is refused. `limit` keeps the
     first questions of each family (of each file or category, where it has several). `style`
-    "held-out" draws the same scenes in the style that training never sees.
+    "mixed" draws three pictures of ten in the style that training never sees, "training" none and
+    "held-out" all of them; the scenes and questions stay the same.
 
     Raises:
         QuotaError: bad arguments; another set in `out`; damaged files; questions that differ from
@@ -163,11 +166,13 @@ def _decode(data: bytes, name: str) -> np.ndarray:
 
 def _draw(bundle: Bundle, scenes: list[int], style: str) -> Iterator[tuple[int, np.ndarray]]:
     """(scene, picture) of the given scenes, in chunks of one shape."""
-    fixed = HELD_OUT if style == "held-out" else None
+    every = {"training": -1, "held-out": HELD_OUT}.get(style)
     for start in range(0, len(scenes), _CHUNK):
         part = scenes[start : start + _CHUNK]
         filled = part + [part[0]] * (_CHUNK - len(part))
-        layout = sample_layout(bundle.uniforms[filled], bundle.difficulty, style=fixed)
+        unseen = np.array([HELD_OUT if is_unseen(scene) else -1 for scene in filled])
+        styles = unseen if every is None else every
+        layout = sample_layout(bundle.uniforms[filled], bundle.difficulty, style=styles)
         images = np.asarray(render_nhwc(Layout(*map(np.asarray, layout))))
         yield from zip(part, images, strict=False)
 

@@ -187,13 +187,14 @@ def sample_layout(
     xp: Any = np,
     *,
     size: tuple[int, int] = (IMAGE_SIZE, IMAGE_SIZE),
-    style: int | None = None,
+    style: Any = None,
 ) -> Layout:
     """Scenes from uniforms [B, UNIFORMS_PER_SCENE], for pictures of `size` (height, width).
 
     Objects lie inside the picture and beside the signs; smaller ones may reach over larger ones
     within `Difficulty.overlap`. What finds no room is left out, but the first object of a scene is
-    always there. `style` fixes the style of all scenes and changes nothing else but rotations.
+    always there. `style`, one index into STYLES or one a scene [B] (-1: as drawn),
+    fixes the styles and changes nothing else but rotations.
     """
     if uniforms.shape[1] != UNIFORMS_PER_SCENE:
         raise ValueError(f"{UNIFORMS_PER_SCENE} uniforms wanted, {uniforms.shape[1]} given")
@@ -208,11 +209,10 @@ def sample_layout(
 
     wanted = between(head[:, 0], d.min_objects, d.max_objects)
     wanted_signs = between(head[:, 1], d.min_signs, d.max_signs)
-    if style is None:
-        low = head[:, 2] >= 1 - xp.asarray(d.low_contrast_share)
-        drawn = xp.where(head[:, 2] < d.rotated_share, 1, xp.where(low, 2, 0))
-    else:
-        drawn = xp.full((batch,), style)
+    low = head[:, 2] >= 1 - xp.asarray(d.low_contrast_share)
+    drawn = xp.where(head[:, 2] < d.rotated_share, 1, xp.where(low, 2, 0))
+    if style is not None:
+        drawn = xp.where(xp.asarray(style) < 0, drawn, xp.asarray(style))
     drawn = drawn.astype(np.int32)
     faint = 0.45 + 0.25 * head[:, 3]
     contrast = xp.where(drawn == 2, faint, 1.0).astype(np.float32)

@@ -173,8 +173,10 @@ def test_the_fused_step_is_near_the_modules(monkeypatch, family, method, dtype):
             # they mean: they count from their zero.
             off = codes[sample, :, length] - zeros[sample, :, length, None]
             off -= reference[sample, :, length] - other_zeros[sample, :, length, None]
-            # Of unrelated codes it is about 5.
-            assert np.abs(off).mean() <= 0.25
+            # Of unrelated codes it is about 5. In bfloat16 inputs fall on the boundaries between
+            # codes more often.
+            assert np.abs(off).mean() <= (0.25 if dtype == "float32" else 0.5)
+            assert np.abs(off).max() <= 2
             codes[sample, :, length] = reference[sample, :, length]
         np.testing.assert_array_equal(codes, reference)
 

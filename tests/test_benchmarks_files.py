@@ -17,8 +17,8 @@ from quota_jax.errors import QuotaError
 from quota_jax.evaluate.tasks import TASKS
 from quota_jax.testbed.benchmarks import FAMILIES, SPLITS, build_family, write_benchmarks
 from quota_jax.testbed.benchmarks.__main__ import main
-from quota_jax.testbed.benchmarks.family import Bundle
-from quota_jax.testbed.benchmarks.writer import frozen_hashes, question_digest
+from quota_jax.testbed.benchmarks.family import Bundle, is_unseen
+from quota_jax.testbed.benchmarks.writer import STYLES, _draw, frozen_hashes, question_digest
 from quota_jax.testbed.world.conversation import LETTER, SEVERAL, SINGLE_WORD, YES_OR_NO
 from quota_jax.testbed.world.layout import sample_layout
 from quota_jax.testbed.world.scenes import Scene, describe_scene
@@ -157,6 +157,27 @@ def test_task_readers_take_the_files(written, bundles):
     manifest = json.loads((written / "manifest.json").read_text())
     assert set(manifest["families"]) == set(FAMILIES)
     assert (manifest["split"], manifest["limit"]) == ("dev", 2)
+
+
+def test_three_pictures_of_ten_are_drawn_in_the_style_that_training_never_shows(bundles):
+    for (split, name), bundle in bundles.items():
+        parts: dict[str, list[bool]] = defaultdict(list)
+        for path in bundle.pictures:
+            topic = path.split("/")[0] if name == "mme" else name  # MME: a folder for each topic
+            parts[topic].append(path in bundle.unseen())
+        for topic, unseen in parts.items():
+            share = sum(unseen) / len(unseen)
+            # A topic of MME has 30 pictures or more.
+            spread = 0.2 if name == "mme" else 0.06
+            assert abs(share - 0.3) <= spread, (split, name, topic, share)
+    bundle = bundles["dev", "gqa"]
+    scenes = sorted(set(bundle.pictures.values()))[:10]
+    drawn = {style: dict(_draw(bundle, scenes, style)) for style in STYLES}
+    assert 1 <= sum(map(is_unseen, scenes)) < len(scenes)
+    for scene in scenes:
+        own, other = ("held-out", "training") if is_unseen(scene) else ("training", "held-out")
+        np.testing.assert_array_equal(drawn["mixed"][scene], drawn[own][scene])
+        assert (drawn["mixed"][scene] != drawn[other][scene]).any()
 
 
 def _again(out: Path) -> None:

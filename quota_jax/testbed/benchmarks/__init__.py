@@ -1,8 +1,8 @@
 """Seven benchmarks of drawn scenes in the official file formats.
 
 `python -m quota_jax.testbed.benchmarks OUT --split dev|test` writes them; the questions of both
-splits, and which pictures are drawn in the held-out style (three of ten), are fixed by the hashes in
-`frozen.json`.
+splits, and which pictures are drawn in the held-out style (three of ten), are fixed by the hashes
+in `frozen.json`.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ _ROWS = (
     ("held-out style", "held_out"),
 )
 _BENCHMARKS = textwrap.fill(
-    "Test split of the seven drawn benchmarks. Of every ten of their pictures three are drawn in the "
-    "held-out style, which training never showed, so that full precision leaves room above it.",
+    "Test split of the seven drawn benchmarks. Of every ten of their pictures three are drawn in "
+    "the held-out style, which training never showed, so that full precision leaves room above it.",
     100,
 )
 

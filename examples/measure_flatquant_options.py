@@ -34,6 +34,7 @@ from quota_jax.quant.calibrate import calibrate
 from quota_jax.quant.calibrate_flatquant import FlatQuantOptions
 from quota_jax.quant.calibration_data import read_samples
 from quota_jax.quantization import QuantizationConfig
+from quota_jax.reproduce.report import percent
 from quota_jax.testbed import small_model_path
 from quota_jax.testbed.benchmarks.writer import MANIFEST
 from quota_jax.testbed.samples import write_samples
@@ -169,21 +170,12 @@ def report(args: argparse.Namespace, known: dict[str, Variant], questions: dict)
             else summarize(name, scores(name), counts, baseline, FULL)
         )
         values = {task: part.score.value for task, part in found.tasks.items()}
-        means = [found.retention, found.corrected]
-        rows.append(
-            {
-                "name": name,
-                "scores": values,
-                "retention": [dataclasses.asdict(each) for each in means if each is not None],
-            }
-        )
-        cells = [name, *(f"{value:.1f}" for value in values.values())]
-        cells += [
-            ""
-            if each is None
-            else f"{100 * each.value:.1f} [{100 * each.low:.1f}, {100 * each.high:.1f}]"
-            for each in means
+        means = [
+            None if each is None else dataclasses.asdict(each)
+            for each in (found.retention, found.corrected)
         ]
+        rows.append({"name": name, "scores": values, "retention": means[0], "corrected": means[1]})
+        cells = [name, *(f"{value:.1f}" for value in values.values()), *map(percent, means)]
         lines.append(f"| {' | '.join(cells)} |")
     told = {
         "command": f"python examples/measure_flatquant_options.py --data bench-dev --out OUT "

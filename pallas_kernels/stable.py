@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -15,6 +17,16 @@ def rounded(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     token's bits would depend on padding and batch neighbours.
     """
     return jax.lax.reduce_precision(x, 8, 23)
+
+
+def as_stored(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
+    """What of ``x`` is left once ``dtype`` holds it, as float32.
+
+    Not ``x.astype(dtype).astype(float32)``: XLA may leave out such a pair (it allows excess
+    precision by default). Codes would then be made with one scale and read with another.
+    """
+    info = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), info.nexp, info.nmant)
 
 
 def exp_difference(x: Array, reference: Array) -> Array:

@@ -12,6 +12,7 @@ import pytest
 
 import quota_jax as qj
 from converters import convert
+from pallas_kernels.stable import as_stored
 from quota_jax.errors import QuotaError
 from quota_jax.kv_cache import CacheGroup, ChannelKeys
 from quota_jax.models.params import CACHE
@@ -244,6 +245,16 @@ def test_clipped_ranges_of_keys_and_values():
     for whole, part in zip(quantize_kv(x, 4), quantize_kv(x, 4, jnp.ones(2)), strict=True):
         np.testing.assert_array_equal(whole, part)
     np.testing.assert_allclose(sigmoid(np.float64(4.0), np), 0.98201379)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_a_stored_scale_is_the_cast_that_no_compiler_leaves_out(dtype):
+    """A pair of casts would be left out where excess precision is allowed, as XLA does on a GPU."""
+    x = np.exp(np.random.default_rng(2).uniform(-8, 8, 5000)).astype(np.float32)
+    function = jax.jit(lambda x: as_stored(x, dtype))
+    np.testing.assert_array_equal(function(x), x.astype(dtype).astype(np.float32))
+    lowered = jax.jit(lambda x: quantize_kv(x, 8)).lower(jnp.ones((3, 8)))
+    assert "reduce_precision" in lowered.as_text()
 
 
 def test_refusals():

@@ -15,6 +15,7 @@ import quota_jax as qj
 from converters import convert
 from quota_jax.checkpoint import open_checkpoint
 from quota_jax.quant.calibrate import calibrate
+from quota_jax.quant.quantizers import quantize_kv
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe
 from quota_jax.testbed import small_llava_path
@@ -101,6 +102,19 @@ def test_int8_products_are_exact(shape):
 
     exact = x.astype(np.int64) @ stack[1].astype(np.int64).T
     np.testing.assert_array_equal(product(x, stack, 1), exact.astype(np.float32))
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_codes_of_the_cache_are_made_with_the_scales_that_are_stored(bits):
+    """Every fifth zero of 8 bits tells a scale from what bfloat16 makes of it."""
+    x = np.random.default_rng(0).standard_normal((4000, 64)).astype(np.float32)
+    codes, scale, zero = jax.jit(quantize_kv, static_argnums=1)(x, bits)
+    step = np.asarray(scale).astype(np.float32)
+    expected = np.clip(np.round(-np.minimum(x.min(-1), 0) / step), 0, 2**bits - 1)
+    # A quotient that lies on a boundary may fall to either side.
+    assert np.mean(np.asarray(zero) != expected) <= 1e-3
+    expected = np.round(x / step[:, None]) + np.asarray(zero, np.float32)[:, None]
+    assert np.mean(np.asarray(codes) != np.clip(expected, 0, 2**bits - 1)) <= 1e-3
 
 
 @pytest.mark.parametrize("label", ["W8A8", "W8A8KV8", "W4A8KV8", "W4A16"])

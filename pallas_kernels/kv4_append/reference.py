@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.packing import pack_int4
-from pallas_kernels.stable import rounded
+from pallas_kernels.stable import as_stored, rounded
 
 TINY = 1e-8
 LEVELS = 15
@@ -99,8 +99,7 @@ def _quantize(x: Float[Array, "B K H"], scale_dtype, clip: Array | None) -> Pack
     low, high = jnp.minimum(x.min(-1), 0.0), jnp.maximum(x.max(-1), 0.0)
     if clip is not None:
         low, high = low * clip[1], high * clip[0]
-    scale = (jnp.maximum(high - low, TINY) / LEVELS).astype(scale_dtype)
-    step = scale.astype(jnp.float32)
+    step = as_stored(jnp.maximum(high - low, TINY) / LEVELS, scale_dtype)
     zero = jnp.clip(jnp.round(-low / step), 0, LEVELS)
     codes = jnp.clip(jnp.round(x / step[..., None]) + zero[..., None], 0, LEVELS)
-    return pack_int4(codes.astype(jnp.uint8)), scale, zero.astype(jnp.uint8)
+    return pack_int4(codes.astype(jnp.uint8)), step.astype(scale_dtype), zero.astype(jnp.uint8)

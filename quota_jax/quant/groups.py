@@ -14,7 +14,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels.stable import rounded
+from pallas_kernels.stable import as_stored, rounded
 from quota_jax.quant.quantizers import TINY, symmetric_limit
 
 
@@ -72,8 +72,7 @@ class Groups:
         kind = jnp.dtype(dtype)
         info = jnp.finfo(kind)
         # Half precision ends early: no scale may round to zero or infinity.
-        scale = jnp.clip(scale, float(info.smallest_normal), float(info.max))
-        return scale.astype(kind).astype(jnp.float32)
+        return as_stored(jnp.clip(scale, float(info.smallest_normal), float(info.max)), kind)
 
     def codes(self, weight: Array, scale: Array, zero: Array) -> Array:
         """Nearest codes (ties to even) as float32; the arguments broadcast."""

@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from pallas_kernels.stable import as_stored
+
 KV_SCALE_DTYPE = jnp.bfloat16
 TINY = 1e-8
 
@@ -86,8 +88,7 @@ def kv_codes(
     low, high = jnp.minimum(x.min(-1), 0.0), jnp.maximum(x.max(-1), 0.0)
     if clip is not None:
         low, high = low * clip[1], high * clip[0]
-    scale = (jnp.maximum(high - low, TINY) / levels).astype(KV_SCALE_DTYPE)
-    step = scale.astype(jnp.float32)
+    step = as_stored(jnp.maximum(high - low, TINY) / levels, KV_SCALE_DTYPE)
     zero = jnp.clip(nearest(-low / step), 0, levels)
     codes = jnp.clip(nearest(x / step[..., None]) + zero[..., None], 0, levels)
-    return codes, scale, zero
+    return codes, step.astype(KV_SCALE_DTYPE), zero

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 import pytest
 
@@ -107,6 +108,22 @@ def test_what_another_process_makes_is_left_to_it(study):
     other = Weights(method="rtn", bits="W8A8")
     with study._alone(other.name), pytest.raises(Busy):
         study.checkpoint(other)
+
+
+def test_a_row_that_becomes_ready_goes_before_later_ones(study, monkeypatch):
+    order: list[str] = []
+
+    def make(self, row, log, only):
+        if row.label == "a" and not order:
+            raise Busy(row.label)
+        order.append(row.label)
+
+    monkeypatch.setattr(Study, "_make_row", make)
+    monkeypatch.setattr(Study, "_made", lambda self, row, only: row.label in order)
+    rows = [Row(label=label) for label in "abc"]
+    assert study._work(rows, print, None, None) == (True, [])
+    assert order == ["b", "a", "c"]
+    assert study._work([Row(label="d")], print, time.monotonic(), None) == (False, [])
 
 
 def test_a_row_that_fails_is_told_after_the_others_are_run(study):

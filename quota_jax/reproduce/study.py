@@ -257,8 +257,9 @@ class Study:
     ) -> bool:
         """Runs what is missing; False where time was up before all of it was there.
 
-        Work that other processes hold is waited for at the end. ``until``: on `time.monotonic`,
-        after which no other run is begun. A row that fails does not keep others from being run.
+        Work that other processes hold is left to them, and taken up again in the order of the
+        rows. ``until``: on `time.monotonic`, after which no other run is begun. A row that fails
+        does not keep others from being run.
         ``threads``: rows at a time; they share the device, so that one is compiled while another
         one runs. Measured rows come last, one at a time. ``only``: "weights" calibrates and
         measures sensitivities, "runs" leaves that to other processes and waits for it.
@@ -282,29 +283,34 @@ class Study:
         self, rows: Sequence[Row], log: Log, until: float | None, only: str | None
     ) -> tuple[bool, list[str]]:
         """One thread of `run`: whether time sufficed, and the reasons of rows that failed."""
-        waiting = [row for row in rows if not self.complete(row)]
-        failed: list[str] = []
-        while waiting:
-            left = []
+        waiting, failed = list(rows), []
+        while waiting := [row for row in waiting if not self._made(row, only)]:
             for row in waiting:
                 if until is not None and time.monotonic() >= until:
                     return False, failed
                 try:
-                    if only == "weights":
-                        self._prepare(row, log)
-                        continue
-                    if only == "runs" and not self._prepared(row):
-                        raise Busy(row.label)
-                    self._evaluate(row, log)
+                    self._make_row(row, log, only)
                 except Busy:
-                    left.append(row)
+                    continue
                 except Exception as error:
                     failed.append(f"{row.label}: {type(error).__name__}: {error}")
                     log(f"failed: {failed[-1][:2000]}")
-            if left and len(left) == len(waiting):
+                    waiting.remove(row)
+                break  # what was busy before may be ready now, and earlier rows come first
+            else:
                 time.sleep(0.5)
-            waiting = [row for row in left if not self.complete(row)]
         return True, failed
+
+    def _made(self, row: Row, only: str | None) -> bool:
+        return self.complete(row) or (only == "weights" and self._prepared(row))
+
+    def _make_row(self, row: Row, log: Log, only: str | None) -> None:
+        if only == "weights":
+            self._prepare(row, log)
+        elif only == "runs" and not self._prepared(row):
+            raise Busy(row.label)
+        else:
+            self._evaluate(row, log)
 
     def _prepare(self, row: Row, log: Log) -> None:
         """Makes what a row needs before it can be run."""

@@ -19,9 +19,9 @@ from quota_jax.testbed.benchmarks import FAMILIES, SPLITS, build_family, write_b
 from quota_jax.testbed.benchmarks.__main__ import main
 from quota_jax.testbed.benchmarks.family import Bundle, is_unseen
 from quota_jax.testbed.benchmarks.writer import STYLES, _draw, frozen_hashes, question_digest
+from quota_jax.testbed.scenes import Scene, describe_scene
 from quota_jax.testbed.world.conversation import LETTER, SEVERAL, SINGLE_WORD, YES_OR_NO
 from quota_jax.testbed.world.layout import sample_layout
-from quota_jax.testbed.world.scenes import Scene, describe_scene
 from quota_jax.testbed.world.vocabulary import ID, UNK, build_tokenizer
 
 

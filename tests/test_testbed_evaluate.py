@@ -25,8 +25,8 @@ from quota_jax.testbed.evaluate import (
     score_by_kind,
 )
 from quota_jax.testbed.samples import SIZES
+from quota_jax.testbed.scenes import describe_scene
 from quota_jax.testbed.world.layout import sample_layout
-from quota_jax.testbed.world.scenes import describe_scene
 
 
 @pytest.mark.parametrize("family", list(SIZES))

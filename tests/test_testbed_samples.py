@@ -13,6 +13,7 @@ from world_truth import truth
 from quota_jax.errors import QuotaError
 from quota_jax.quant.calibration_data import read_samples
 from quota_jax.testbed import samples
+from quota_jax.testbed.scenes import describe_scene
 from quota_jax.testbed.world.conversation import prompt_words
 from quota_jax.testbed.world.layout import (
     UNIFORMS_PER_SCENE,
@@ -25,7 +26,6 @@ from quota_jax.testbed.world.questions import (
     ask_layout,
     draw_requests,
 )
-from quota_jax.testbed.world.scenes import describe_scene
 from quota_jax.testbed.world.vocabulary import build_tokenizer
 from quota_jax.testbed.world.words import HOLE
 
@@ -96,8 +96,8 @@ def test_list_reads_back_and_is_repeatable(tmp_path):
 
 def test_seeds_are_not_those_of_the_benchmarks():
     """Scene streams of benchmarks and of plain scenes begin with other numbers."""
+    from quota_jax.testbed import scenes
     from quota_jax.testbed.benchmarks import family
-    from quota_jax.testbed.world import scenes
 
     assert samples._STREAM not in (family._STREAM, scenes._STREAM)
     ours = np.random.default_rng([samples._STREAM, 1, 0]).random(UNIFORMS_PER_SCENE)

@@ -11,6 +11,7 @@ import pytest
 from world_truth import truth
 
 from quota_jax.testbed.benchmarks.drawing import hint_text, make_item, true_text
+from quota_jax.testbed.scenes import describe_scene
 from quota_jax.testbed.world.conversation import (
     caption_turn,
     compact,
@@ -26,7 +27,6 @@ from quota_jax.testbed.world.questions import (
     ask_layout,
     draw_requests,
 )
-from quota_jax.testbed.world.scenes import describe_scene
 from quota_jax.testbed.world.vocabulary import COLORS, ID, UNK, WORDS, build_tokenizer
 from quota_jax.testbed.world.words import HOLE, join_words
 

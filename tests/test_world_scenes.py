@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from quota_jax.errors import QuotaError
+from quota_jax.testbed.scenes import describe_scene, draw_scenes
 from quota_jax.testbed.world.atlas import FONTS, GLYPHS, ICON_SIZES, atlas
 from quota_jax.testbed.world.layout import (
     EASY,
@@ -25,7 +26,6 @@ from quota_jax.testbed.world.renderer import (
     patch_labels,
     render_nhwc,
 )
-from quota_jax.testbed.world.scenes import describe_scene, draw_scenes
 from quota_jax.testbed.world.vocabulary import (
     COLORS,
     FIRST_LETTER,

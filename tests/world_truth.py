@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from quota_jax.testbed.world.scenes import Scene, SceneObject, Sign
+from quota_jax.testbed.scenes import Scene, SceneObject, Sign
 from quota_jax.testbed.world.vocabulary import COLORS, KINDS, plural
 
 SIDES = r"left of|right of|above|below"

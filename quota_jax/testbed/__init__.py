@@ -14,7 +14,7 @@ from quota_jax.errors import QuotaError
 
 if TYPE_CHECKING:
     from quota_jax.testbed.samples import draw_samples
-    from quota_jax.testbed.world.scenes import draw_scenes
+    from quota_jax.testbed.scenes import draw_scenes
 
 __all__ = [
     "SMALL_MODELS",
@@ -25,7 +25,7 @@ __all__ = [
     "small_qwen_path",
 ]
 
-_HOME = {"draw_samples": "samples", "draw_scenes": "world.scenes"}
+_HOME = {"draw_samples": "samples", "draw_scenes": "scenes"}
 
 SMALL_MODELS = {"llava": "small_llava", "qwen2_5_vl": "small_qwen2_5_vl"}
 """Folder of the shipped model by family, as config.json names families."""

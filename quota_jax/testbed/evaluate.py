@@ -24,6 +24,7 @@ from quota_jax.generation import Cache, decode_chunk, prefill, room_for, start
 from quota_jax.recipe import Recipe
 from quota_jax.sampling import Sampling
 from quota_jax.testbed.samples import SIZES, word_prompt
+from quota_jax.testbed.scenes import describe_scene
 from quota_jax.testbed.world.layout import (
     UNIFORMS_PER_SCENE,
     Difficulty,
@@ -37,7 +38,6 @@ from quota_jax.testbed.world.questions import (
     Questions,
     ask_layout,
 )
-from quota_jax.testbed.world.scenes import describe_scene
 from quota_jax.testbed.world.words import join_words
 
 KINDS: tuple[str, ...] = (

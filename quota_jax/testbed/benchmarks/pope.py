@@ -13,9 +13,9 @@ import json
 import numpy as np
 
 from quota_jax.testbed.benchmarks.family import Bundle, generator
+from quota_jax.testbed.scenes import Scene, describe_scene
 from quota_jax.testbed.world.facts import find_facts
 from quota_jax.testbed.world.layout import Difficulty, sample_layout, scene_uniforms
-from quota_jax.testbed.world.scenes import Scene, describe_scene
 from quota_jax.testbed.world.vocabulary import COLORS, KINDS
 
 NAME = "pope"

@@ -36,7 +36,7 @@ def tiny(family: str) -> ModelConfig:
     ("family", "label"),
     [
         ("llava", "W4A4KV4"),
-        ("llava", "W16A16KV16"),
+        pytest.param("llava", "W16A16KV16", marks=pytest.mark.slow),
         pytest.param("qwen", "W4A4KV4", marks=pytest.mark.slow),
     ],
 )
@@ -57,6 +57,7 @@ def test_a_measurement_counts_tokens_and_bytes(family: str, label: str):
     assert result.weight_bytes > result.cache_bytes > 0
 
 
+@pytest.mark.slow
 def test_decoding_alone_has_the_caches_of_a_prefill():
     config = tiny("llava")
     quantization = QuantizationConfig.parse("W4A4KV4", method="flatquant")

@@ -84,6 +84,7 @@ def assert_complete(path: Path, arrays) -> None:
     assert not path.with_name(path.name + ".partial").exists()
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_points_leaves_nothing_or_a_resumable_rest(tmp_path):
     config = tiny_config()
     arrays = random_blocks(config, W4)

@@ -104,6 +104,7 @@ def test_devices_are_named_as_they_are_visible() -> None:
     assert library.asked == [b"GPU-8b2c"]
 
 
+@pytest.mark.slow
 def test_a_measured_run_answers_as_any_other(tmp_path, monkeypatch) -> None:
     """Its answers and scores are those of the plain run; on a CPU the table says what is missing,
     and on a device that tells, it has the figures."""

@@ -23,6 +23,7 @@ BATCH = 2
 FILES = ("run.json", "predictions.jsonl", "summary.json", "summary.md")
 
 
+@pytest.mark.slow
 def test_two_processes_of_eight_devices_write_what_one_device_writes(tmp_path: Path, root: Path):
     assert len(jax.local_devices()) == 1
     convert(write_tiny_llava(tmp_path / "hf", num_layers=2, image_size=56), tmp_path / "ckpt")

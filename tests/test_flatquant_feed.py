@@ -81,6 +81,7 @@ def write(source: Path, out: Path, feed: str, stop_after: str = "") -> dict[str,
     return seen
 
 
+@pytest.mark.slow
 def test_blocks_read_what_the_quantized_model_gives(source, tmp_path):
     """Inputs of decoder layers are the states that the finished checkpoint computes before them;
     a run that stops and goes on sees and writes the same."""

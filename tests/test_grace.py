@@ -161,6 +161,7 @@ def trained(sources, tmp_path_factory):
 OPTIONS = GraceOptions(steps=12, batch_size=3, **FAST)
 
 
+@pytest.mark.slow
 def test_loss_falls(trained):
     _, history, _ = trained
     assert len(history) == 12
@@ -170,6 +171,7 @@ def test_loss_falls(trained):
     assert all(0 <= step["rcka"] <= 1 and 1 / np.e - 1e-6 < step["gate"] <= 1 for step in history)
 
 
+@pytest.mark.slow
 def test_everything_that_should_learn_does(trained, sources):
     _, _, kept = trained
     before = floats(sources["llava"])
@@ -190,6 +192,7 @@ def test_everything_that_should_learn_does(trained, sources):
     }
 
 
+@pytest.mark.slow
 def test_packed_student_is_the_simulated_one(trained, sources):
     out, _, kept = trained
     checkpoint = open_checkpoint(out)
@@ -213,6 +216,7 @@ def same_bits(checkpoint, params, **how):
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
+@pytest.mark.slow
 def test_killed_run_ends_with_the_same_arrays(trained, sources, tmp_path):
     out = tmp_path / "out"
 
@@ -371,6 +375,7 @@ def test_command_refusals(sources, tmp_path, lists, capsys, data, arguments, mes
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_quantized_teacher_is_refused(trained, tmp_path, lists, capsys):
     command = ["finetune", str(trained[0]), "--out", str(tmp_path / "out")]
     assert main([*command, "--data", lists["good"]]) == 2

@@ -362,6 +362,7 @@ def test_what_a_recipe_needs_and_does_not_find_is_named():
         model.decoder_input(qwen_batch(), zipped)
 
 
+@pytest.mark.slow
 def test_the_withdrawal_layer_comes_from_the_models_own_divergences():
     model: Any = build_model(LLAVA, None, init_params(LLAVA, jax.random.key(0)))
     batches = [make_batch([9, 20, 5], [1, 2, 0], seed=seed) for seed in (0, 1)]

@@ -115,6 +115,7 @@ def test_blocks_are_calibrated_on_the_tokens_that_inference_keeps(source, tmp_pa
         np.testing.assert_array_equal(inputs[0][real], kept[real])
 
 
+@pytest.mark.slow
 def test_sensitivities_of_a_pruned_execution(source, tmp_path):
     """A model differs from itself nowhere; errors behind a stage are those of the kept tokens."""
     reference = open_checkpoint(source)

@@ -45,6 +45,7 @@ def study(tmp_path_factory):
     TASKS.update(before)
 
 
+@pytest.mark.slow
 def test_kept_tokens_of_several_questions(study, tmp_path) -> None:
     """Each question has a row for each of its pictures; counts are those of the recipe."""
     row = variant_row("prune-only", study.reference.config, "", keep=0.5)

@@ -82,7 +82,7 @@ def test_scores_count_exact_answers():
     assert set(table) <= set(KINDS)
 
 
-@pytest.mark.parametrize("family", list(SIZES))
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_untrained_answers(family: str, tmp_path: Path):
     """Batches, blindness and what is kept, on random weights."""
     folder = write_untrained(tmp_path / "hf", family, num_layers=2)

@@ -93,7 +93,7 @@ def test_a_missing_model_is_named(monkeypatch, tmp_path):
         small_llava_path()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_the_model_sees(family: str, tmp_path: Path):
     """60 fresh questions. The cards' scores of these kinds average 97 %; 90 % lies three standard
     errors below, and far above what is known without the picture (about a third)."""

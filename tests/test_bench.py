@@ -72,6 +72,7 @@ def test_decoding_alone_has_the_caches_of_a_prefill():
     assert measure_decoding(model, recipe, **shape) > 0
 
 
+@pytest.mark.slow
 def test_the_command_prints_a_table_and_writes_numbers(tmp_path: Path, monkeypatch, capsys):
     monkeypatch.setitem(configs.PRESETS, "llava_1_5_7b", tiny("llava"))
     command = [

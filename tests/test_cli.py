@@ -191,6 +191,7 @@ def test_generate_gives_the_librarys_answer(files: Path, output, name: str) -> N
     assert output(*asked, "--recipe-none").strip() == expected  # none is stored
 
 
+@pytest.mark.slow
 def test_generate_with_another_recipe_and_sampling(files: Path, output) -> None:
     picture = files / "a.png"
     recipe = qj.Recipe.uniform(num_layers=4, layers=(0, 1), keep=0.1)

@@ -73,6 +73,7 @@ def contents(checkpoint: Path) -> dict[str, list[tuple[str, str, tuple[int, ...]
     }
 
 
+@pytest.mark.slow
 def test_killed_at_seeded_random_points(tmp_path: Path, root: Path) -> None:
     source = write_tiny_llava(tmp_path / "hf", num_layers=3, num_shards=2, dtype="bfloat16")
     undisturbed = tmp_path / "undisturbed"

@@ -46,7 +46,10 @@ def weight_of(checkpoint: Checkpoint, block: str, name: str) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("label", "symmetric", "dtype"),
-    [("W4A16G16", False, "bfloat16"), ("W4A16", True, "float16")],
+    [
+        pytest.param("W4A16G16", False, "bfloat16", marks=pytest.mark.slow),
+        ("W4A16", True, "float16"),
+    ],
 )
 def test_compressed_tensors_comes_back_as_it_was(tmp_path, label, symmetric, dtype) -> None:
     write_tiny_llava(tmp_path / "hf", dtype=dtype)

@@ -43,7 +43,7 @@ LENGTHS = [[20, 7, 33], [11, 64, 5], [4, 2, 63]]
         ("FlatQuant of heads, keys and cache", "float32"),
     ],
 )
-@pytest.mark.parametrize("family", ["llava", "qwen"])
+@pytest.mark.parametrize("family", [pytest.param("llava", marks=pytest.mark.slow), "qwen"])
 def test_the_fused_step_equals_the_modules_bit_for_bit(monkeypatch, family, method, dtype):
     """Logits and caches of three steps, on a CPU."""
     config = tiny_config(family)
@@ -68,6 +68,7 @@ def test_biases_of_every_linear_are_added(monkeypatch):
     np.testing.assert_array_equal(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def test_pruned_prompts_generate_the_same_tokens(tmp_path, monkeypatch, family):
     """The whole way from pictures, in batches of unequal prompts, over several cache groups."""

@@ -115,6 +115,7 @@ def test_targets_are_the_answers(sources, family):
     assert found == batch.tokens[0, 1 : batch.lengths[0]].tolist()
 
 
+@pytest.mark.slow
 def test_logits_are_those_of_prefill_whatever_is_pruned(sources):
     checkpoint = open_checkpoint(sources["llava"])
     processor = Processor.from_folder(checkpoint.assets_dir, checkpoint.config)

@@ -49,7 +49,7 @@ def tiny(family: str = "qwen2_5_vl", **changes: Any) -> TrainingConfig:
     return TrainingConfig(model=tiny_model(family), **(given | {"warmup_steps": 1} | changes))
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen2_5_vl", marks=pytest.mark.slow)])
 def test_steps_lower_both_losses_and_move_every_parameter(family):
     """On one batch of noise, which has to be learned by heart."""
     config, rng = tiny(family), np.random.default_rng(0)

@@ -35,7 +35,13 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.fixture(params=sorted(CASES))
+LONG = ("last_full", "llama3_rope", "two_features")
+"""Left to CI."""
+
+
+@pytest.fixture(
+    params=[pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in sorted(CASES)]
+)
 def pair(request, tmp_path):
     folder = write_tiny_llava(tmp_path / "hf", **CASES[request.param])
     convert(folder, tmp_path / "ckpt")

@@ -76,7 +76,7 @@ def check(vlm, oracle, images, prompts) -> None:
         np.testing.assert_array_equal(out.tokens[row], tokens)
 
 
-LONG = ("all_full", "mha_80", "no_full", "tower_80")
+LONG = ("all_full", "mha_80", "no_full", "sections", "tower_80")
 """Left to CI: what these add to the others shows in their names."""
 
 
@@ -122,11 +122,8 @@ def vlm(request, tmp_path_factory: pytest.TempPathFactory):
 RECIPE = Recipe.uniform(num_layers=4, layers=[1, 2], keep=0.3)
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(None, marks=pytest.mark.slow), RECIPE],
-    ids=["full", "pruned"],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [None, RECIPE], ids=["full", "pruned"])
 def test_padding_buckets_and_neighbours_change_nothing(vlm, recipe):
     images = [[picture(100, 200)], [picture(300, 90), picture(60, 60)], []]
     prompts = [question(len(row)) for row in images]

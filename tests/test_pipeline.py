@@ -65,7 +65,7 @@ def recipe_of(source: Path, name: str) -> Recipe:
     return Recipe(num_layers=depth, stages=(stage,))
 
 
-@pytest.mark.parametrize("name", ["full", "deployed"])
+@pytest.mark.parametrize("name", [pytest.param("full", marks=pytest.mark.slow), "deployed"])
 def test_blocks_are_calibrated_on_the_tokens_that_inference_keeps(source, tmp_path, name):
     """Behind a stage blocks read what is left after it: the tokens that the model which feeds them
     keeps in a prefill under the recipe, and their states."""

@@ -154,7 +154,10 @@ RECIPES = {
 }
 
 
-LONG = ("input", "mmtok_then_a_floor_per_picture", "pyramid_drop", "text_attention")
+LONG = (
+    *("fastv", "input", "mmtok_then_a_floor_per_picture", "pyramid_drop", "text_attention"),
+    "untrimmed",
+)
 """Left to CI."""
 
 

@@ -107,7 +107,9 @@ def test_a_lookup_never_makes_the_whole_table_in_floats() -> None:
     assert not re.search(r"tensor<4096x24x(f32|bf16|f16)>", text)
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen", "tied"])
+@pytest.fixture(
+    scope="module", params=[pytest.param("llava", marks=pytest.mark.slow), "qwen", "tied"]
+)
 def full(request, tmp_path_factory):
     """Full-precision checkpoints; the embeddings of the last are its head."""
     root = tmp_path_factory.mktemp("vocabulary")

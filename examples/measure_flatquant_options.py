@@ -30,8 +30,9 @@ from quota_jax.quant.calibrate_flatquant import FlatQuantOptions
 from quota_jax.quant.calibration_data import read_samples
 from quota_jax.reproduce.report import write_table
 from quota_jax.reproduce.rows import FULL
-from quota_jax.reproduce.study import Row, Study, Weights
+from quota_jax.reproduce.study import Row, Study
 from quota_jax.reproduce.tables import Table
+from quota_jax.reproduce.weights import Weights
 from quota_jax.testbed import small_model_path
 from quota_jax.testbed.benchmarks.writer import MANIFEST
 from quota_jax.testbed.samples import write_samples

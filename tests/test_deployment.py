@@ -20,8 +20,9 @@ from quota_jax.reproduce.deployment_report import write_deployment
 from quota_jax.reproduce.paper import PAPER
 from quota_jax.reproduce.power import DeviceMeter, PowerMeter, visible_name
 from quota_jax.reproduce.rows import FULL
-from quota_jax.reproduce.study import Row, Study, Weights
+from quota_jax.reproduce.study import Row, Study
 from quota_jax.reproduce.tables import Table
+from quota_jax.reproduce.weights import Weights
 from tests.tiny_models import write_tiny_llava
 from tests.tiny_task import TinyTask, write_questions
 

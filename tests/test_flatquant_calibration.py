@@ -15,7 +15,7 @@ import pytest
 
 import quota_jax as qj
 from converters import convert
-from quota_jax.checkpoint import CheckpointWriter, open_checkpoint
+from quota_jax.checkpoint import open_checkpoint
 from quota_jax.cli import main
 from quota_jax.errors import QuotaError
 from quota_jax.models.params import flatten_params
@@ -31,6 +31,7 @@ from quota_jax.quant.calibration_data import (
 from quota_jax.quant.smoothquant import SmoothQuantOptions
 from quota_jax.quant.streaming import Stream
 from quota_jax.quantization import QuantizationConfig
+from quota_jax.testbed.outliers import plant_outliers
 from quota_jax.testbed.samples import write_samples
 from tests.tiny_models import draw_picture, write_tiny_llava
 from tests.tiny_qwen import write_tiny_qwen
@@ -39,7 +40,6 @@ ROOT = Path(__file__).resolve().parent.parent
 # A process that is killed adds nothing to the compilation cache: half an entry would stay.
 ENVIRONMENT = {**os.environ, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1e9"}
 TEXTS = ("is there a red circle ?", "what color is the square", "what is a car ?")
-READ_BY = {"norm1": ("attn.qkv",), "norm2": ("mlp.up", "mlp.gate_up"), "norm": ("linear_1",)}
 
 
 def samples_of(count: int, first: int = 0) -> list[Sample]:
@@ -57,36 +57,6 @@ def parse(label: str, **options) -> QuantizationConfig:
     return QuantizationConfig.parse(label, method="flatquant", **options)
 
 
-def with_outliers(source: Path, out: Path, factor: float = 30.0) -> Path:
-    """The same function with two channels of every norm's output ``factor`` times as large."""
-    checkpoint = open_checkpoint(source)
-    with CheckpointWriter(
-        out,
-        config=checkpoint.config,
-        quantization=checkpoint.quantization,
-        provenance={},
-        assets={path.name: path.read_bytes() for path in checkpoint.assets_dir.iterdir()},
-        fingerprint="outliers",
-    ) as writer:
-        for name in checkpoint.block_names:
-            params = {k: np.array(v, np.float32) for k, v in checkpoint.read_block(name).items()}
-            for key in [k for k in params if k.endswith((".norm1.scale", ".norm2.scale"))] + [
-                k for k in params if k == "projector.norm.scale"
-            ]:
-                path, norm, _ = key.rsplit(".", 2)
-                width = len(params[key])
-                for channel in (3, 17):
-                    for part in ("scale", "bias"):
-                        if f"{path}.{norm}.{part}" in params:
-                            params[f"{path}.{norm}.{part}"][channel] *= factor
-                    for linear in READ_BY[norm]:
-                        if f"{path}.{linear}.weight" in params:
-                            params[f"{path}.{linear}.weight"][:, channel::width] /= factor
-            writer.write_block(name, params)
-        writer.finish()
-    return out
-
-
 @pytest.fixture(scope="module", params=["llava", "qwen"])
 def checkpoints(request, tmp_path_factory) -> tuple[Path, Path]:
     """A tiny checkpoint, and its twin with outliers."""
@@ -96,7 +66,7 @@ def checkpoints(request, tmp_path_factory) -> tuple[Path, Path]:
     else:
         folder = write_tiny_qwen(root / "hf")
     convert(folder, root / "plain")
-    return root / "plain", with_outliers(root / "plain", root / "outliers")
+    return root / "plain", plant_outliers(root / "plain", root / "outliers")
 
 
 @pytest.fixture(scope="module")

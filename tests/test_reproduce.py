@@ -18,8 +18,9 @@ from quota_jax.quant.calibration_data import Sample
 from quota_jax.reproduce.paper import PAPER
 from quota_jax.reproduce.report import write_table
 from quota_jax.reproduce.rows import FULL, KEEP, variant_row
-from quota_jax.reproduce.study import Busy, Derived, Row, Study, Weights
+from quota_jax.reproduce.study import Busy, Derived, Row, Study
 from quota_jax.reproduce.tables import Plan, Table, all_tables, make_table
+from quota_jax.reproduce.weights import Weights
 from quota_jax.reproduce.work import begin_study, open_study
 from quota_jax.testbed.learning.models import SMALL_MODELS
 from tests.tiny_models import draw_picture, write_tiny_llava

@@ -19,8 +19,9 @@ from quota_jax.quantization import QuantizationConfig
 from quota_jax.reproduce.kept_figure import chosen_questions, draw_kept_tokens
 from quota_jax.reproduce.pareto import PANELS, key_of, read_bench, write_pareto
 from quota_jax.reproduce.rows import FULL, variant_row
-from quota_jax.reproduce.study import Row, Study, Weights
+from quota_jax.reproduce.study import Row, Study
 from quota_jax.reproduce.tables import Plan, Table, make_table
+from quota_jax.reproduce.weights import Weights
 from quota_jax.testbed.learning.models import SMALL_MODELS
 from tests.tiny_models import write_tiny_llava
 from tests.tiny_task import TinyTask, write_questions

@@ -7,7 +7,8 @@ from quota_jax.errors import QuotaError
 from quota_jax.pipeline import VARIANTS, PipelineOptions, equal_recipe, selector
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe
-from quota_jax.reproduce.study import Derived, Row, Weights
+from quota_jax.reproduce.study import Derived, Row
+from quota_jax.reproduce.weights import Weights
 
 FULL = Row(label="full precision")
 LOW_BIT = ("W4A4KV4", "W4A8KV4")

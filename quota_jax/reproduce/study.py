@@ -29,54 +29,24 @@ from quota_jax.evaluate.runner import Evaluation
 from quota_jax.evaluate.summary import Summary, summarize
 from quota_jax.evaluate.task import Instance, Task
 from quota_jax.evaluate.tasks import TASKS
-from quota_jax.pipeline import PipelineOptions, build_variant, derived_recipe, selector
+from quota_jax.pipeline import PipelineOptions, derived_recipe, selector
 from quota_jax.prune.sensitivity import (
     Sensitivities,
     SensitivityOptions,
     measure_sensitivities,
 )
 from quota_jax.prune.weights import QuotaWeights
-from quota_jax.quant.calibrate import DATA_METHODS, calibrate
 from quota_jax.quant.calibration_data import Sample
-from quota_jax.quantization import MODULES, QuantizationConfig
 from quota_jax.recipe import Recipe, Selector
 from quota_jax.reproduce.deployment import measure_deployment
+from quota_jax.reproduce.weights import Weights, make_weights
+from quota_jax.testbed.outliers import plant_outliers
 
 Log = Callable[[str], None]
 
 
 class Busy(Exception):
     """Another process is making what is asked for."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Weights:
-    """Quantized weights: how they are calibrated, and on which execution.
-
-    variant: None calibrates on all tokens; else a variant of `pipeline` whose calibration sees a
-    pruned model with ``keep`` of the visual tokens. seed: of the rotations, and of the draw of the
-    samples.
-    """
-
-    method: str
-    bits: str
-    modules: tuple[str, ...] = MODULES
-    seed: int = 0
-    variant: str | None = None
-    keep: float | None = None
-
-    @property
-    def name(self) -> str:
-        parts = [self.method.replace("+", "-"), self.bits]
-        if self.modules != MODULES:
-            parts.append("-".join(self.modules))
-        if self.variant:
-            parts.append(f"{self.variant}-{self.keep:g}")
-        return "_".join([*parts, f"seed{self.seed}"])
-
-    @property
-    def quantization(self) -> QuantizationConfig:
-        return QuantizationConfig.parse(self.bits, method=self.method, modules=self.modules)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -192,24 +162,24 @@ class Study:
         return place
 
     def _make(self, weights: Weights, place: Path) -> None:
-        method, quantization = weights.method, weights.quantization
-        samples = self.samples(weights.seed)
-        options: Any = DATA_METHODS[method]() if method in DATA_METHODS else None
-        if method == "flatquant":
-            changes = {} if self.steps is None else {"steps": self.steps}
-            options = dataclasses.replace(options, seed=weights.seed, **changes)
-        if weights.variant is not None:
-            assert weights.keep is not None
-            plan = PipelineOptions(keep=weights.keep, quantization=quantization, options=options)
-            build_variant(weights.variant, self.source, place, plan, samples=samples)
-            return
-        calibrate(
-            self.source,
+        make_weights(
+            weights,
+            self._source(weights),
             place,
-            quantization,
-            samples=samples if method in DATA_METHODS else (),
-            options=options,
+            samples=self.samples(weights.seed),
+            pool=self.pool,
+            steps=self.steps,
         )
+
+    def _source(self, weights: Weights) -> Path:
+        """The full-precision checkpoint that weights are made of, with outliers if they ask."""
+        if weights.outliers is None:
+            return self.source
+        place = self.out / "checkpoints" / f"outliers-{weights.outliers:g}"
+        with self._alone(place.name):
+            if not place.exists():
+                plant_outliers(self.source, place, factor=weights.outliers)
+        return place
 
     def sensitivities(self, weights: Weights) -> Sensitivities:
         """S_l of calibrated weights on all tokens, measured once on the samples of their seed.

@@ -18,7 +18,9 @@ from quota_jax.prune.weights import QuotaWeights
 from quota_jax.quantization import MODULES, QuantizationConfig
 from quota_jax.recipe import Recipe
 from quota_jax.reproduce.rows import FULL, KEEP, LOW_BIT, equal, flatquant, variant_row
-from quota_jax.reproduce.study import Derived, Row, Weights
+from quota_jax.reproduce.study import Derived, Row
+from quota_jax.reproduce.weights import Weights
+from quota_jax.testbed.outliers import CHANNELS, FACTOR
 
 RATIOS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
 PEERS = (
@@ -94,14 +96,26 @@ def methods(plan: Plan) -> Table:
             for bits in ("W4A8KV4", "W4A4KV4")
             for method in ("rtn", "smoothquant", "gptq", "flatquant", "flatquant+gptq")
         ]
-        given += [("rtn", "W4A16G128"), ("awq", "W4A16G128"), ("gptq", "W4A16G128")]
+        given += [("grace", "W4A8KV4"), ("grace", "W4A4KV4")]
+        given += [(method, "W4A16G128") for method in ("rtn", "awq", "gptq", "luq")]
         for method, bits in given:
             if seed and method == "rtn":
                 continue
-            modules = ("projector", "decoder") if method == "awq" else MODULES
+            modules = ("projector", "decoder") if method in ("awq", "luq") else MODULES
             weights = Weights(method=method, bits=bits, seed=seed, modules=modules)
             rows.append(Row(label=_label(f"{method} {bits}", seed, plan), weights=weights))
     return Table(name="methods", title="Quantizers, all tokens kept", rows=tuple(rows))
+
+
+def outliers(plan: Plan) -> Table:
+    """Quantizers on the same model with planted outlier channels."""
+    rows = [FULL]
+    for bits in ("W8A8KV8", *LOW_BIT):
+        for method in ("rtn", "smoothquant", "flatquant"):
+            weights = Weights(method=method, bits=bits, seed=plan.seeds[0], outliers=FACTOR)
+            rows.append(Row(label=f"{method} {bits}", weights=weights))
+    at = f"{len(CHANNELS)} channels of every norm's output {FACTOR:g} times as large"
+    return Table(name="outliers", title=f"Quantizers with {at}", rows=tuple(rows))
 
 
 def table1(plan: Plan) -> Table:
@@ -338,6 +352,7 @@ TABLES: dict[str, Callable[[Plan], Table]] = {
     "scores": scores,
     "keep": keep_table,
     "methods": methods,
+    "outliers": outliers,
     "peers": peers,
     "table1": table1,
     "table2": table2,

@@ -10,14 +10,12 @@ from, and what tokens are scored by. All variants share the source, the samples 
     quantize-then-prune  all tokens            equal drops               without the residual
     prune-then-quantize  the pruned model      equal drops               without the residual
     collaborative        all tokens            sensitivities (Eq. 1-4)   all four metrics (Eq. 8)
-    co-calibrated        its own pruned        sensitivities of that     all four metrics
-                         low-bit execution     execution
+    co-calibrated        its own pruned        chosen on that execution, as are the metrics:
+                         low-bit execution     see `co_calibration`
 
 The paper does not say which schedule its stage-wise variants have, only that both use the recipe of
 "the candidate layer set" and the metrics other than the residual; equal drops is our reading.
-Co-calibrated is our extension: blocks are fed by the quantized blocks before them on the tokens
-that these keep, then sensitivities are measured on that execution, and the schedule that follows
-from them is calibrated again, ``rounds`` times.
+Co-calibrated is our extension.
 """
 
 from __future__ import annotations
@@ -30,6 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quota_jax.checkpoint import Checkpoint, open_checkpoint, set_recipe
+from quota_jax.co_calibration import co_calibrate
 from quota_jax.config import ModelConfig
 from quota_jax.errors import QuotaError
 from quota_jax.prune.allocator import Allocation, allocate, quota_recipe
@@ -82,7 +81,8 @@ VARIANTS: dict[str, Variant] = {
 class PipelineOptions:
     """keep: fraction of the visual tokens that is left (rho). quantization, options: as
     ``calibrate`` takes them. layers: candidate layers, None for the model's (``candidates``). tau:
-    of Eq. 3. rounds: calibrations of the co-calibrated variant after its first."""
+    of Eq. 3. rounds: calibrations of the co-calibrated variant after its first, which sees all
+    tokens."""
 
     keep: float = 0.3
     quantization: QuantizationConfig = field(
@@ -244,7 +244,17 @@ def _build(
         return place
 
     if variant.graph == "deployed":
-        _co_calibrate(name, reference, place, options, chosen, samples, made)
+        if not place.exists():
+            co_calibrate(
+                reference,
+                place,
+                samples,
+                options.rounds,
+                equal=recipe,
+                make=made,
+                derive=lambda found: _schedule(config, options, chosen, found),
+            )
+        set_recipe(place, open_checkpoint(place).recipe, {"variant": name})
         return
     if variant.graph == "none":
         if not place.exists():
@@ -257,33 +267,9 @@ def _build(
     else:
         made(place, recipe)
     if variant.schedule == "sensitivity":
-        _derive(name, reference, place, options, chosen, samples, None)
+        _derive(name, reference, place, options, chosen, samples)
     else:
         set_recipe(place, recipe, {"variant": name})
-
-
-def _co_calibrate(
-    name: str,
-    reference: Checkpoint,
-    out: Path,
-    options: PipelineOptions,
-    chosen: Selector,
-    samples: Sequence[Sample],
-    made: Callable[[Path, Recipe | None, str | None], Path],
-) -> None:
-    """Rounds stand beside ``out`` until the last one takes its place."""
-    if out.exists():
-        return
-    recipe = equal_recipe(reference.config, options, chosen)
-    *earlier, last = [out.with_name(f"round-{n}") for n in range(options.rounds + 1)]
-    for place in earlier:
-        made(place, recipe, "quantized")
-        recipe = _derive(name, reference, place, options, chosen, samples, recipe)
-    made(last, recipe, "quantized")
-    # The derivation was stored with the round that it was measured on.
-    derivation = open_checkpoint(earlier[-1]).provenance.get("derivation")
-    set_recipe(last, recipe, {"variant": name, "derivation": derivation})
-    last.rename(out)
 
 
 def _derive(
@@ -293,29 +279,33 @@ def _derive(
     options: PipelineOptions,
     chosen: Selector,
     samples: Sequence[Sample],
-    graph: Recipe | None,
-) -> Recipe:
+) -> None:
     """Measures sensitivities and stores the schedule that follows, unless that was done before."""
     quantized = open_checkpoint(place)
     if quantized.provenance.get("variant") == name:
-        return quantized.recipe
+        return
     measured = measure_sensitivities(
         quantized,
         reference,
         samples,
         place.with_name(f"{place.name}.sensitivities"),
         options=SensitivityOptions(dtype="float32"),
-        recipe=graph,
     )
-    recipe, found = derived_recipe(quantized.config, options, chosen, measured)
-    told: dict[str, Any] = {
+    recipe, told = _schedule(quantized.config, options, chosen, measured)
+    set_recipe(place, recipe, {"variant": name, "derivation": told})
+
+
+def _schedule(
+    config: ModelConfig, options: PipelineOptions, chosen: Selector, measured: Sensitivities
+) -> tuple[Recipe, dict[str, Any]]:
+    """The derived recipe, and what the checkpoint tells of it."""
+    recipe, found = derived_recipe(config, options, chosen, measured)
+    return recipe, {
         "rho": options.keep,
         "tau": options.tau,
         "allocation": dataclasses.asdict(found),
         "sensitivities": dataclasses.asdict(measured),
     }
-    set_recipe(place, recipe, {"variant": name, "derivation": told})
-    return recipe
 
 
 def _looks_at_data(quantization: QuantizationConfig) -> bool:

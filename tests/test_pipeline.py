@@ -184,15 +184,17 @@ def test_variants_store_their_recipes(source, tmp_path):
             continue
         assert [stage.layer for stage in stages] == [0, 1]
         assert stages[-1].keep == 0.25
+        derived = "derivation" in built[name].provenance
+        assert derived == (variant.schedule == "sensitivity")
+        told = built[name].provenance.get("calibration", {})
+        assert bool(told) == variant.quantized
+        if variant.graph == "deployed":  # what it chose: tests/test_co_calibration.py
+            continue
         weights = stages[0].selector.weights
         assert bool(weights.residual) == variant.residual
         equal = equal_recipe(config, options, stages[0].selector)
-        derived = "derivation" in built[name].provenance
-        assert derived == (variant.schedule == "sensitivity")
         assert (stages == equal.stages) or derived
-        told = built[name].provenance.get("calibration", {})
-        assert bool(told) == variant.quantized
-        assert ("recipe" in told) == (variant.graph in ("pruned", "deployed"))
+        assert ("recipe" in told) == (variant.graph == "pruned")
     assert {path.name for path in tmp_path.iterdir()} == set(built)
     # Calibration on all tokens is the same for the variants that share it.
     name = "decoder_layer_001"
@@ -200,8 +202,6 @@ def test_variants_store_their_recipes(source, tmp_path):
     for other, same in (("collaborative", True), ("prune-then-quantize", False)):
         block = built[other].read_block(name)
         assert all(np.array_equal(plain[key], block[key]) for key in plain) == same
-    sensitivities = built["co-calibrated"].provenance["derivation"]["sensitivities"]
-    assert sensitivities["provenance"]["recipe"]["stages"]
 
 
 def test_a_killed_call_leaves_no_checkpoint_and_goes_on(source, tmp_path, monkeypatch):

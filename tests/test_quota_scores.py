@@ -23,6 +23,7 @@ from quota_jax.prune.scores import (
     rescale,
     residual,
 )
+from quota_jax.prune.weights import METRICS
 
 T, F = True, False
 
@@ -156,14 +157,28 @@ def test_score_by_hand():
 
 
 def test_a_sample_without_a_picture_scores_zero():
-    metrics = {
-        name: jnp.full((2, 5), np.inf) for name in ("inter", "magnitude", "intra", "residual")
-    }
+    metrics = {name: jnp.full((2, 5), np.inf) for name in METRICS}
     metrics = {name: value.at[1].set(jnp.arange(5.0)) for name, value in metrics.items()}
     is_visual = jnp.asarray([[F] * 5, [T] * 5])
     found = np.asarray(quota_score(metrics, is_visual))
     np.testing.assert_array_equal(found[0], 0)
     np.testing.assert_allclose(found[1, [0, 2, 4]], [0, 0.5, 1], atol=1e-6)
+
+
+@pytest.mark.parametrize("left_out", [(), ("magnitude",), ("inter", "residual")])
+def test_weights_as_arrays_give_the_same_score(left_out):
+    """One program for all weights; a metric of weight 0 is as good as left out."""
+    key, weights = jax.random.key(0), QuotaWeights().without(*left_out)
+    metrics = {
+        name: jax.random.normal(jax.random.fold_in(key, i), (2, 9)) * 10.0**i
+        for i, name in enumerate(METRICS)
+    }
+    is_visual = jax.random.bernoulli(key, 0.7, (2, 9))
+    expected = jax.jit(lambda metrics: quota_score(metrics, is_visual, weights))(metrics)
+    arrays = {name: jnp.float32(getattr(weights, name)) for name in METRICS}
+    found = jax.jit(lambda metrics, arrays: quota_score(metrics, is_visual, arrays))
+    np.testing.assert_allclose(found(metrics, arrays), expected, rtol=1e-6)
+    assert np.asarray(expected).any()
 
 
 def test_weights_redistribute_as_table_5():
@@ -174,7 +189,7 @@ def test_weights_redistribute_as_table_5():
         return [weights.inter, weights.magnitude, weights.intra, weights.residual]
 
     np.testing.assert_allclose(values(paper.without("inter")), [0, 0.40, 0.25, 0.35])
-    for name in ("inter", "magnitude", "intra", "residual"):
+    for name in METRICS:
         assert sum(values(paper.without(name))) == pytest.approx(1)
         assert name not in paper.without(name).used
     # Two at once, or one after the other: what is out stays out.
@@ -193,7 +208,7 @@ def test_weights_redistribute_as_table_5():
         (lambda: QuotaWeights(inter=0.0, magnitude=0.0, intra=0.0, residual=0.0), "all weights"),
         (lambda: QuotaWeights().without("colour"), "unknown metric 'colour'"),
         (
-            lambda: QuotaWeights().without("inter", "magnitude", "intra", "residual"),
+            lambda: QuotaWeights().without(*METRICS),
             "no metric remains",
         ),
     ],

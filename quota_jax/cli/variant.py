@@ -36,8 +36,9 @@ class VariantOptions:
     ) = None
     """quant-only, prune-only; quantize-then-prune: calibrated on all tokens, equal drops;
     prune-then-quantize: calibrated on the pruned model; collaborative (QUOTA): drops by measured
-    sensitivities, tokens also scored by their quantization error; co-calibrated: that, calibrated
-    on the tokens that the quantized model keeps. full-precision is a copy."""
+    sensitivities, tokens also scored by their quantization error; co-calibrated (ours):
+    calibrated on the tokens that the quantized model keeps, by the drops and metrics that bring its
+    answers to the samples nearest to full precision. full-precision is a copy."""
     keep: float | None = None
     """With --variant: fraction of the visual tokens that is left; default 0.3."""
     layers: tuple[int, ...] = ()
@@ -47,7 +48,8 @@ class VariantOptions:
     """With --variant: temperature of the allocation; the higher, the more alike the drops. Default
     1."""
     rounds: int | None = None
-    """With --variant co-calibrated: calibrations after the first; default 1."""
+    """With --variant co-calibrated: calibrations on the pruned model, after one on all tokens; the
+    best is kept. Default 1."""
 
     @property
     def chosen(self) -> Variant | None:

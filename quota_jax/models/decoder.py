@@ -7,6 +7,7 @@ picks its layer from the whole stack. A pruning stage is a gather between two se
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -82,9 +83,11 @@ class Decoder(nnx.Module):
         sequence: Sequence,
         recipe: Recipe,
         vision: Float[Array, "B S F"] | None = None,
+        weights: Mapping[str, Float[Array, ""]] | None = None,
     ) -> tuple[Float[Array, "B R D"], Sequence, list[LayerCache]]:
         """Runs all layers under ``recipe``; returns final states, the surviving tokens and the
-        caches. ``vision``: what a stage at the input may read, see ``Signals``."""
+        caches. ``vision``: what a stage at the input may read; ``weights``: of the score in place
+        of the recipe's; see ``Signals``."""
         caches: list[LayerCache] = []
         done = 0
         for stage in recipe.stages:
@@ -95,7 +98,7 @@ class Decoder(nnx.Module):
             if inside or stage.selector.name == "pyramid_drop":
                 inner = self.project(x, sequence, layer)
             seen = vision if stage.point == "input" else None
-            signals = self._signals(x, sequence, layer, inner, seen)
+            signals = self._signals(x, sequence, layer, inner, seen, weights)
             if not inside or inner is None:
                 x, sequence, _ = self._prune(x, sequence, stage, recipe, signals)
                 continue
@@ -152,7 +155,13 @@ class Decoder(nnx.Module):
         return self.config.head_dim**-0.5
 
     def _signals(
-        self, x, sequence: Sequence, layer: Array, inner: Projected | None, vision: Array | None
+        self,
+        x,
+        sequence: Sequence,
+        layer: Array,
+        inner: Projected | None,
+        vision: Array | None = None,
+        weights: Mapping[str, Array] | None = None,
     ) -> Signals:
         """What a stage at this layer can be scored by (Eq. 6); ``inner`` None: not by its heads."""
         qkv = self.layers.attn.qkv
@@ -168,6 +177,7 @@ class Decoder(nnx.Module):
             residual=error,
             vision=vision,
             sm_scale=self._sm_scale,
+            weights=weights,
         )
 
     def chosen(
@@ -176,7 +186,7 @@ class Decoder(nnx.Module):
         """What a stage inside a layer keeps of the layer's input ``x``, as ``prefill`` chooses it:
         the remaining tokens and the places to gather them from."""
         inner = self.project(x, sequence, layer)
-        signals = self._signals(x, sequence, layer, inner, None)
+        signals = self._signals(x, sequence, layer, inner)
         _, sequence, order = self._prune(x, sequence, stage, recipe, signals)
         return sequence, order
 

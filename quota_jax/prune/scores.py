@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -30,7 +31,7 @@ from quota_jax.prune.selectors import (
     stride_scores,
 )
 from quota_jax.prune.sqap import sqap_ranks
-from quota_jax.prune.weights import QuotaWeights
+from quota_jax.prune.weights import METRICS, QuotaWeights
 from quota_jax.quant.quantizers import quantize_activation
 from quota_jax.recipe import Selector
 
@@ -42,7 +43,8 @@ class Signals:
     hidden: input states of the layer (of the decoder, for a stage at its input). query, key: after
     rotation, keys as the cache stores them. residual: norm of the quantization error of the input
     of q, k and v (None where inputs are not quantized). vision: features of the vision tower before
-    the projector (None but at the decoder's input, for a selector that reads them).
+    the projector (None but at the decoder's input, for a selector that reads them). weights: of the
+    metrics of QUOTA's score in place of the selector's, as arrays: one program for all weights.
     """
 
     hidden: Float[Array, "B S D"]
@@ -52,6 +54,7 @@ class Signals:
     residual: Float[Array, "B S"] | None = None
     vision: Float[Array, "B S F"] | None = None
     sm_scale: float = 1.0
+    weights: Mapping[str, Float[Array, ""]] | None = None
 
     def mass(self) -> tuple[Float[Array, "B S"], Float[Array, "B S"]]:
         """Attention that each token receives from text and from visual queries."""
@@ -121,7 +124,7 @@ def score(
     }
     if signals.residual is not None:
         metrics["residual"] = signals.residual
-    weights, redistribute = selector.weights, selector.redistribute
+    weights, redistribute = signals.weights or selector.weights, selector.redistribute
     return quota_score(metrics, visual, weights, redistribute=redistribute)
 
 
@@ -169,7 +172,7 @@ def intra(
 def quota_score(
     metrics: Mapping[str, Float[Array, "B S"]],
     is_visual: Bool[Array, "B S"],
-    weights: QuotaWeights | None = None,
+    weights: QuotaWeights | Mapping[str, Float[Array, ""]] | None = None,
     *,
     redistribute: bool = False,
     percentiles: tuple[float, float] = (5.0, 95.0),
@@ -177,8 +180,12 @@ def quota_score(
     """``.45 inter + .25 magnitude + .10 intra + .20 residual`` of rescaled metrics (Eq. 8).
 
     ``metrics`` maps names to raw values. A metric that has a weight but is not given is an error,
-    or with ``redistribute`` its weight goes to the others in equal parts.
+    or with ``redistribute`` its weight goes to the others in equal parts. Weights may also be
+    arrays by name, of given metrics.
     """
+    total = jnp.zeros(is_visual.shape, jnp.float32)
+    if isinstance(weights, Mapping):
+        return _weighted(total, metrics, weights, is_visual, percentiles)
     weights = weights or QuotaWeights()
     missing = [name for name in weights.used if name not in metrics]
     if missing and not redistribute:
@@ -187,8 +194,14 @@ def quota_score(
             "it, or set redistribute=True"
         )
     weights = weights.without(*missing) if missing else weights
-    total = jnp.zeros(is_visual.shape, jnp.float32)
-    for name in weights.used:
-        scaled = rescale(metrics[name], is_visual, percentiles=percentiles)
-        total = total + rounded(getattr(weights, name) * scaled)
+    shares = {name: getattr(weights, name) for name in weights.used}
+    return _weighted(total, metrics, shares, is_visual, percentiles)
+
+
+def _weighted(total, metrics, shares: Mapping[str, Any], is_visual, percentiles):
+    """Adds the rescaled metrics times their shares."""
+    for name in METRICS:
+        if name in shares:
+            scaled = rescale(metrics[name], is_visual, percentiles=percentiles)
+            total = total + rounded(shares[name] * scaled)
     return total

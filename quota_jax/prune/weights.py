@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from quota_jax.errors import QuotaError
 
+METRICS = ("inter", "magnitude", "intra", "residual")
+"""What the score is made of (Eq. 6 and 7), in the order in which it is added up."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class QuotaWeights:

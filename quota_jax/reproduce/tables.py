@@ -14,7 +14,7 @@ from quota_jax.config import ModelConfig
 from quota_jax.errors import QuotaError
 from quota_jax.pipeline import PipelineOptions, equal_recipe, selector
 from quota_jax.prune.presets import AT_EXIT, Protocol, llm_flops_ratio, peer_recipe
-from quota_jax.prune.weights import QuotaWeights
+from quota_jax.prune.weights import METRICS, QuotaWeights
 from quota_jax.quantization import MODULES, QuantizationConfig
 from quota_jax.recipe import Recipe
 from quota_jax.reproduce.rows import FULL, KEEP, LOW_BIT, equal, flatquant, variant_row
@@ -250,7 +250,7 @@ def table5(plan: Plan) -> Table:
     default = QuotaWeights()
     given = {
         "default": default,
-        **{f"without {m}": default.without(m) for m in ("inter", "magnitude", "intra", "residual")},
+        **{f"without {m}": default.without(m) for m in METRICS},
         "35/35/20/10": QuotaWeights(inter=0.35, magnitude=0.35, intra=0.20, residual=0.10),
         "35/25/10/30": QuotaWeights(inter=0.35, magnitude=0.25, intra=0.10, residual=0.30),
         "55/25/10/10": QuotaWeights(inter=0.55, magnitude=0.25, intra=0.10, residual=0.10),

@@ -1,0 +1,265 @@
+"""Co-calibration: divergences, the search for a recipe, and the round that is kept."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import quota_jax as qj
+from converters import convert
+from quota_jax import co_calibration
+from quota_jax.checkpoint import open_checkpoint
+from quota_jax.co_calibration import search
+from quota_jax.errors import QuotaError
+from quota_jax.pipeline import PipelineOptions, build_variant
+from quota_jax.prune.divergence import (
+    ANSWER,
+    divergence,
+    measure_divergences,
+    questions,
+    with_weights,
+)
+from quota_jax.prune.weights import METRICS, QuotaWeights
+from quota_jax.quant.calibration_data import Sample, make_batches
+from quota_jax.quant.gptq import GptqOptions
+from quota_jax.quantization import QuantizationConfig
+from quota_jax.recipe import Recipe, Selector, Stage
+from tests.tiny_models import draw_picture, write_tiny_llava
+from tests.tiny_qwen import write_tiny_qwen
+
+QUANTIZATION = QuantizationConfig.parse("W4A4KV4", method="gptq")
+
+
+def recipe_of(depth: int, *keeps: float, **weights: float) -> Recipe:
+    """One stage a layer from layer 0 on."""
+    chosen = Selector(name="quota", weights=QuotaWeights(**weights))
+    stages = tuple(
+        Stage(layer=layer, keep=keep, point="after_attention", selector=chosen)
+        for layer, keep in enumerate(keeps)
+    )
+    return Recipe(num_layers=depth, stages=stages)
+
+
+def samples(count: int = 3, answers: bool = False) -> list[Sample]:
+    found = []
+    for i in range(count):
+        text = ("what is a car ?", "car", "is there a red circle ?")[i % 3]
+        turns = (text, ("no", "yes", "no")[i % 3]) if answers else (text,)
+        found.append(Sample(turns=turns, image=draw_picture(i)))
+    return found
+
+
+@pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
+def source(request, tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp(request.param)
+    if request.param == "llava":
+        convert(write_tiny_llava(root / "hf", image_size=56), root / "ckpt")
+    else:
+        convert(write_tiny_qwen(root / "hf"), root / "ckpt")
+    return root / "ckpt"
+
+
+@pytest.fixture(scope="module")
+def built(source, tmp_path_factory) -> Path:
+    """A co-calibrated checkpoint."""
+    options = PipelineOptions(
+        keep=0.25, quantization=QUANTIZATION, options=GptqOptions(batch_size=2), layers=(0, 1)
+    )
+    out = tmp_path_factory.mktemp("built") / "out"
+    return build_variant("co-calibrated", source, out, options, samples=samples())
+
+
+def scores(table: dict[Recipe, float], asked: list[list[Recipe]]):
+    """A measure that looks up a table; recipes that are not in it diverge by 9."""
+
+    def measure(step, recipes):
+        assert step == len(asked)
+        asked.append(list(recipes))
+        return [table.get(recipe, 9.0) for recipe in recipes]
+
+    return measure
+
+
+def test_search_follows_the_divergence():
+    """Metrics and schedules are changed one at a time, each recipe is measured once, and the search
+    ends where no neighbour is better."""
+    default = QuotaWeights()
+    derived, equal = recipe_of(2, 0.9, 0.3), recipe_of(2, 0.6, 0.3)
+
+    without = default.without("magnitude")
+    fewer = without.without("intra")
+    asked: list[list[Recipe]] = []
+    table = {
+        derived: 3.0,
+        with_weights(derived, without): 2.0,
+        with_weights(equal, without): 1.0,
+        with_weights(equal, fewer): 0.5,
+    }
+    tried = search({"sensitivity": derived, "equal": equal}, scores(table, asked))
+    best = min(tried, key=lambda each: each.divergence)
+    assert best.recipe == with_weights(equal, fewer)
+    assert best.told == {
+        "schedule": "equal",
+        "weights": dataclasses.asdict(fewer),
+        "divergence": 0.5,
+    }
+    measured = [recipe for step in asked for recipe in step]
+    assert len(measured) == len(set(measured)) == len(tried)
+    assert asked[0] == [derived]
+    assert set(asked[1]) == {
+        equal,
+        *(with_weights(derived, default.without(m)) for m in METRICS),
+    }
+    # Alone at the top, the start is what comes out.
+    assert (
+        min(
+            search({"sensitivity": derived, "equal": equal}, scores({derived: 1.0}, [])),
+            key=lambda each: each.divergence,
+        ).recipe
+        == derived
+    )
+
+
+def test_search_keeps_at_least_one_metric():
+    alone = recipe_of(2, 0.5, inter=1.0, magnitude=0.0, intra=0.0, residual=0.0)
+    asked: list[list[Recipe]] = []
+    tried = search({"sensitivity": alone, "equal": alone}, scores({alone: 1.0}, asked))
+    assert [each.recipe for each in tried] == [alone]
+
+
+def test_divergence_is_the_mean_kl():
+    rng = np.random.default_rng(0)
+    expected, found = rng.normal(size=(2, 2, 3, 7)) * 3
+    weights = np.array([[1, 1, 0], [1, 0, 0]], np.float32)
+
+    def softmax(x):
+        x = np.exp(x - x.max(-1, keepdims=True))
+        return x / x.sum(-1, keepdims=True)
+
+    p, q = softmax(expected), softmax(found)
+    each = (p * np.log(p / q)).sum(-1)
+    result = divergence(*map(jnp.asarray, (expected, found, weights)))
+    np.testing.assert_allclose(result, [each[0, :2].mean(), each[1, 0]], rtol=1e-5)
+    np.testing.assert_allclose(divergence(expected, expected, weights), 0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("answers", [False, True])
+def test_divergences_are_those_of_the_deployed_execution(source, tmp_path, answers):
+    """Against generation step by step, one sample after the other."""
+    options = PipelineOptions(quantization=QuantizationConfig.parse("W4A8KV4"))
+    low = open_checkpoint(build_variant("quant-only", source, tmp_path / "low", options))
+    full, data = open_checkpoint(source), samples(answers=answers)
+    depth = full.config.text.num_layers
+    recipe = recipe_of(depth, 0.5, 0.25)
+    (found,) = measure_divergences(
+        low, full, data, [recipe], tmp_path / "journal", batch_size=2, dtype="float32"
+    )
+    exact, deployed = (qj.load(each.path, dtype="float32") for each in (full, low))
+    values = []
+    for sample in data:
+        asked = dataclasses.replace(sample, turns=sample.turns[:1])
+        batch = make_batches(exact.processor, [asked], 1).batches[0]
+        answer = qj.generate(
+            exact.model, batch, max_new_tokens=ANSWER, stop_ids=exact.processor.stop_ids
+        )
+        given = answer.tokens[0, : answer.lengths[0]]
+        seen = []
+        for vlm, graph in ((exact, None), (deployed, recipe)):
+            logits, cache = qj.prefill(vlm.model, batch, recipe=graph)
+            position, groups, rows = cache.position, cache.groups, [logits]
+            for token in given[:-1]:
+                logits, groups = vlm.model.decoder.step(
+                    jnp.asarray([token]), position, groups, jnp.ones((1,), bool)
+                )
+                position = position + 1
+                rows.append(logits)
+            seen.append(jax.nn.log_softmax(jnp.concatenate(rows), axis=-1))
+        p, q = seen
+        values.append(float((jnp.exp(p) * (p - q)).sum(-1).mean()))
+    assert found == pytest.approx(np.mean(values), rel=1e-3)
+    assert found > 0
+    with pytest.raises(QuotaError, match="need calibration samples"):
+        measure_divergences(low, full, [], [recipe], tmp_path / "other")
+    with pytest.raises(QuotaError, match="other data or options"):
+        measure_divergences(low, full, data, [recipe, recipe], tmp_path / "journal")
+
+
+def test_conversations_count_by_one_question():
+    """Answers and other questions are not in the prompt."""
+    talk = Sample(turns=("a ?", "yes", "b ?", "no"), image=1)
+    text = Sample(text="c ?", image=2)
+    assert questions([talk, talk, text, talk]) == [
+        Sample(turns=("a ?",), image=1),
+        Sample(turns=("b ?",), image=1),
+        text,
+        Sample(turns=("b ?",), image=1),
+    ]
+
+
+@pytest.mark.slow
+def test_the_best_round_is_what_comes_out(source, built, tmp_path):
+    """The recipe and the blocks are those of the smallest divergence, measured again here."""
+    checkpoint = open_checkpoint(built)
+    derivation = checkpoint.provenance["derivation"]
+    number, values = derivation["round"], derivation["divergences"]
+    assert len(values) == 2
+    assert values[number] == min(values) == derivation["chosen"]["divergence"]
+    assert min(each["divergence"] for each in derivation["tried"]) == values[number]
+    (again,) = measure_divergences(
+        checkpoint,
+        open_checkpoint(source),
+        samples(),
+        [checkpoint.recipe],
+        tmp_path / "journal",
+        dtype="float32",
+    )
+    assert again == pytest.approx(values[number], rel=1e-6)
+    told = checkpoint.provenance["calibration"]
+    assert ("recipe" in told) == (number > 0)
+    assert checkpoint.provenance["variant"] == "co-calibrated"
+    assert checkpoint.recipe.stages[-1].keep == 0.25
+    assert [path.name for path in built.parent.iterdir()] == ["out"]
+
+
+@pytest.mark.slow
+def test_a_killed_call_measures_nothing_twice(source, built, tmp_path, monkeypatch):
+    """Killed in the second round's search; what was calibrated and measured before is kept, and the
+    result is the same."""
+    options = PipelineOptions(
+        keep=0.25, quantization=QUANTIZATION, options=GptqOptions(batch_size=2), layers=(0, 1)
+    )
+    measure, calls = co_calibration.measure_divergences, []
+
+    def killed(quantized, *args, **more):
+        if quantized.path.name == "round-1":
+            raise KeyboardInterrupt
+        return measure(quantized, *args, **more)
+
+    monkeypatch.setattr(co_calibration, "measure_divergences", killed)
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt):
+        build_variant("co-calibrated", source, out, options, samples=samples())
+    assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
+    monkeypatch.setattr(co_calibration, "measure_divergences", measure)
+
+    def forbidden(*args, **more):
+        calls.append(args)
+        raise AssertionError("measured or calibrated again")
+
+    for name in ("measure_sensitivities",):
+        monkeypatch.setattr(co_calibration, name, forbidden)
+    monkeypatch.setattr("quota_jax.pipeline.calibrate", forbidden)
+    build_variant("co-calibrated", source, out, options, samples=samples())
+    assert not calls
+    one, other = open_checkpoint(built), open_checkpoint(out)
+    assert one.recipe == other.recipe
+    assert one.provenance["derivation"] == other.provenance["derivation"]
+    for name in one.block_names:
+        first, second = one.read_block(name), other.read_block(name)
+        assert all(np.array_equal(first[key], second[key]) for key in first)

@@ -4,12 +4,14 @@ Each round calibrates the blocks, measures sensitivities on the execution that r
 chooses the recipe by what is deployed: the divergence from full precision on the calibration
 samples (`prune.divergence`). Round 0 calibrates on all tokens, as the collaborative variant does;
 later rounds on the tokens that the recipe of the round before keeps, fed by the quantized blocks.
-The round whose model and recipe diverge least is the result, so that no round can make it worse on
-these samples.
+The result is round 0 unless a later one is better, so that no round can make it worse.
 
 A recipe is chosen step by step from the derived schedule (Eq. 2-4) with all four metrics of the
 score: drops are spread equally instead, or one metric is left out (its weight going to the others),
 whichever lowers the divergence most, until nothing does.
+
+Better means a mean that is lower by twice the standard error of the paired differences: a few
+wrong answers are most of a divergence, and smaller gains are noise.
 """
 
 from __future__ import annotations
@@ -19,6 +21,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from quota_jax.checkpoint import Checkpoint, open_checkpoint, set_recipe
 from quota_jax.prune.divergence import measure_divergences, with_weights
@@ -40,13 +44,28 @@ Derive = Callable[[Sensitivities], tuple[Recipe, dict[str, Any]]]
 """The schedule that follows from sensitivities, and what is told of it."""
 
 
+ERRORS = 2.0
+"""Standard errors by which a better mean is lower."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Tried:
-    """A recipe, by its schedule's name and the weights of its score, and its divergence in nats."""
+    """A recipe, by its schedule's name and the weights of its score, and the divergence in nats of
+    each prompt."""
 
     recipe: Recipe
     schedule: str
-    divergence: float
+    values: tuple[float, ...]
+
+    @property
+    def divergence(self) -> float:
+        return float(np.mean(self.values))
+
+    def beats(self, other: Tried) -> bool:
+        """Whether its divergence is lower beyond doubt, on the same prompts."""
+        gain = np.subtract(other.values, self.values)
+        error = np.std(gain, ddof=1) / np.sqrt(len(gain)) if len(gain) > 1 else 0.0
+        return bool(gain.mean() > ERRORS * error)
 
     @property
     def told(self) -> dict[str, Any]:
@@ -77,54 +96,53 @@ def co_calibrate(
     Returns:
       What is stored as the checkpoint's ``derivation``.
     """
-    best: tuple[float, Path, Recipe, dict[str, Any]] | None = None
+    best: tuple[Tried, Path, dict[str, Any]] | None = None
     graph, told = None, []
     for number in range(rounds + 1):
         place = make(out.with_name(f"round-{number}"), graph, "quantized" if number else None)
         quantized = open_checkpoint(place)
         measured = _sensitivities(quantized, reference, samples, graph)
         derived, derivation = derive(measured)
-        tried = search(
+        chosen, tried = search(
             {"sensitivity": derived, "equal": equal},
             _measure(quantized, reference, samples),
         )
-        chosen = min(tried, key=lambda each: each.divergence)
         told.append({**derivation, "tried": [each.told for each in tried], "chosen": chosen.told})
-        if best is None or chosen.divergence < best[0]:
-            best = chosen.divergence, place, chosen.recipe, {**told[-1], "round": number}
+        if best is None or chosen.beats(best[0]):
+            best = chosen, place, {**told[-1], "round": number}
         graph = chosen.recipe
     assert best is not None
-    _, place, recipe, derivation = best
+    chosen, place, derivation = best
     derivation["divergences"] = [each["chosen"]["divergence"] for each in told]
-    set_recipe(place, recipe, {"derivation": derivation})
+    set_recipe(place, chosen.recipe, {"derivation": derivation})
     place.rename(out)
     return derivation
 
 
-def search(
-    schedules: dict[str, Recipe], measure: Callable[[int, Sequence[Recipe]], Sequence[float]]
-) -> list[Tried]:
-    """All recipes that were tried, from ``schedules`` with their own weights on.
+Measure = Callable[[int, Sequence[Recipe]], np.ndarray]
+"""Divergences ``[prompts, recipes]``, for the step of that number."""
+
+
+def search(schedules: dict[str, Recipe], measure: Measure) -> tuple[Tried, list[Tried]]:
+    """The chosen recipe, and all that were tried, in their order.
 
     Args:
-      schedules: by name; the first one is where the search begins.
-      measure: the divergence of each recipe, for the step of that number.
+      schedules: by name; the search begins at the first one, with its own weights.
     """
     tried: dict[Recipe, Tried] = {}
 
-    def look(step: int, given: list[tuple[str, Recipe]]) -> bool:
-        """Whether one of these is better than all before."""
+    def look(step: int, given: Sequence[tuple[str, Recipe]]) -> list[Tried]:
+        """What had not been tried before."""
         new = {recipe: name for name, recipe in given if recipe not in tried}
-        before = min((each.divergence for each in tried.values()), default=float("inf"))
-        found = measure(step, list(new)) if new else ()
-        for (recipe, name), value in zip(new.items(), found, strict=True):
-            tried[recipe] = Tried(recipe=recipe, schedule=name, divergence=value)
-        return any(value < before for value in found)
+        if new:
+            columns = measure(step, list(new)).T.tolist()
+            for (recipe, name), values in zip(new.items(), columns, strict=True):
+                tried[recipe] = Tried(recipe=recipe, schedule=name, values=tuple(values))
+        return [tried[recipe] for recipe in new]
 
-    look(0, list(schedules.items())[:1])
+    (best,) = look(0, list(schedules.items())[:1])
     step = 1
     while True:
-        best = min(tried.values(), key=lambda each: each.divergence)
         weights = best.recipe.stages[0].selector.weights
         near = [(name, with_weights(recipe, weights)) for name, recipe in schedules.items()]
         if len(weights.used) > 1:
@@ -132,18 +150,18 @@ def search(
                 (best.schedule, with_weights(best.recipe, weights.without(metric)))
                 for metric in weights.used
             ]
-        if not look(step, near):
-            return list(tried.values())
+        better = [each for each in look(step, near) if each.beats(best)]
+        if not better:
+            return best, list(tried.values())
+        best = min(better, key=lambda each: each.divergence)
         step += 1
 
 
-def _measure(
-    quantized: Checkpoint, reference: Checkpoint, samples: Sequence[Sample]
-) -> Callable[[int, Sequence[Recipe]], Sequence[float]]:
-    """Divergences; each step of a search has a journal beside the checkpoint."""
+def _measure(quantized: Checkpoint, reference: Checkpoint, samples: Sequence[Sample]) -> Measure:
+    """Each step of a search has a journal beside the checkpoint."""
     place = quantized.path
 
-    def measure(step: int, recipes: Sequence[Recipe]) -> Sequence[float]:
+    def measure(step: int, recipes: Sequence[Recipe]) -> np.ndarray:
         journal = place.with_name(f"{place.name}.divergences-{step}")
         return measure_divergences(quantized, reference, samples, recipes, journal, dtype=DTYPE)
 

@@ -74,13 +74,17 @@ def built(source, tmp_path_factory) -> Path:
     return build_variant("co-calibrated", source, out, options, samples=samples())
 
 
-def scores(table: dict[Recipe, float], asked: list[list[Recipe]]):
-    """A measure that looks up a table; recipes that are not in it diverge by 9."""
+def measure_of(table: dict[Recipe, float], asked: list[list[Recipe]], spread: float = 0.0):
+    """A measure that looks up a table; recipes that are not in it diverge by 9. ``spread``: of 16
+    prompts, drawn anew for each recipe."""
+    rng = np.random.default_rng(0)
 
     def measure(step, recipes):
         assert step == len(asked)
         asked.append(list(recipes))
-        return [table.get(recipe, 9.0) for recipe in recipes]
+        means = np.array([table.get(recipe, 9.0) for recipe in recipes])
+        noise = rng.normal(size=(16, len(recipes)))
+        return means + spread * (noise - noise.mean(0))
 
     return measure
 
@@ -90,7 +94,6 @@ def test_search_follows_the_divergence():
     ends where no neighbour is better."""
     default = QuotaWeights()
     derived, equal = recipe_of(2, 0.9, 0.3), recipe_of(2, 0.6, 0.3)
-
     without = default.without("magnitude")
     fewer = without.without("intra")
     asked: list[list[Recipe]] = []
@@ -100,35 +103,33 @@ def test_search_follows_the_divergence():
         with_weights(equal, without): 1.0,
         with_weights(equal, fewer): 0.5,
     }
-    tried = search({"sensitivity": derived, "equal": equal}, scores(table, asked))
-    best = min(tried, key=lambda each: each.divergence)
+    schedules = {"sensitivity": derived, "equal": equal}
+    best, tried = search(schedules, measure_of(table, asked))
     assert best.recipe == with_weights(equal, fewer)
-    assert best.told == {
-        "schedule": "equal",
-        "weights": dataclasses.asdict(fewer),
-        "divergence": 0.5,
-    }
+    told = {"schedule": "equal", "weights": dataclasses.asdict(fewer), "divergence": 0.5}
+    assert best.told == told
     measured = [recipe for step in asked for recipe in step]
-    assert len(measured) == len(set(measured)) == len(tried)
+    assert measured == [each.recipe for each in tried]
+    assert len(set(measured)) == len(measured)
     assert asked[0] == [derived]
-    assert set(asked[1]) == {
-        equal,
-        *(with_weights(derived, default.without(m)) for m in METRICS),
-    }
-    # Alone at the top, the start is what comes out.
-    assert (
-        min(
-            search({"sensitivity": derived, "equal": equal}, scores({derived: 1.0}, [])),
-            key=lambda each: each.divergence,
-        ).recipe
-        == derived
-    )
+    neighbours = {with_weights(derived, default.without(metric)) for metric in METRICS}
+    assert set(asked[1]) == {equal, *neighbours}
+    # Where nothing is better, the start is what comes out.
+    assert search(schedules, measure_of({derived: 1.0}, []))[0].recipe == derived
+
+
+@pytest.mark.parametrize(("spread", "moves"), [(0.2, True), (4.0, False)])
+def test_search_does_not_follow_noise(spread, moves):
+    """A mean that is lower by 1 wins where prompts differ by 0.2, not where they differ by 4."""
+    derived, equal = recipe_of(2, 0.9, 0.3), recipe_of(2, 0.6, 0.3)
+    table = {derived: 3.0, equal: 2.0}
+    best, _ = search({"sensitivity": derived, "equal": equal}, measure_of(table, [], spread))
+    assert best.recipe == (equal if moves else derived)
 
 
 def test_search_keeps_at_least_one_metric():
     alone = recipe_of(2, 0.5, inter=1.0, magnitude=0.0, intra=0.0, residual=0.0)
-    asked: list[list[Recipe]] = []
-    tried = search({"sensitivity": alone, "equal": alone}, scores({alone: 1.0}, asked))
+    _, tried = search({"sensitivity": alone, "equal": alone}, measure_of({alone: 1.0}, []))
     assert [each.recipe for each in tried] == [alone]
 
 
@@ -157,7 +158,7 @@ def test_divergences_are_those_of_the_deployed_execution(source, tmp_path, answe
     full, data = open_checkpoint(source), samples(answers=answers)
     depth = full.config.text.num_layers
     recipe = recipe_of(depth, 0.5, 0.25)
-    (found,) = measure_divergences(
+    found = measure_divergences(
         low, full, data, [recipe], tmp_path / "journal", batch_size=2, dtype="float32"
     )
     exact, deployed = (qj.load(each.path, dtype="float32") for each in (full, low))
@@ -182,36 +183,34 @@ def test_divergences_are_those_of_the_deployed_execution(source, tmp_path, answe
             seen.append(jax.nn.log_softmax(jnp.concatenate(rows), axis=-1))
         p, q = seen
         values.append(float((jnp.exp(p) * (p - q)).sum(-1).mean()))
-    assert found == pytest.approx(np.mean(values), rel=1e-3)
-    assert found > 0
+    np.testing.assert_allclose(found[:, 0], values, rtol=1e-3, atol=1e-6)
+    assert (found > 0).all()
     with pytest.raises(QuotaError, match="need calibration samples"):
         measure_divergences(low, full, [], [recipe], tmp_path / "other")
     with pytest.raises(QuotaError, match="other data or options"):
         measure_divergences(low, full, data, [recipe, recipe], tmp_path / "journal")
 
 
-def test_conversations_count_by_one_question():
-    """Answers and other questions are not in the prompt."""
+def test_questions_are_prompts_of_their_own():
+    """Answers and other questions are not in the prompt; first questions come first."""
     talk = Sample(turns=("a ?", "yes", "b ?", "no"), image=1)
     text = Sample(text="c ?", image=2)
-    assert questions([talk, talk, text, talk]) == [
-        Sample(turns=("a ?",), image=1),
-        Sample(turns=("b ?",), image=1),
-        text,
-        Sample(turns=("b ?",), image=1),
-    ]
+    a, b = (Sample(turns=(asked,), image=1) for asked in ("a ?", "b ?"))
+    assert questions([talk, text, talk]) == [a, text, a, b, b]
+    assert questions([talk, text, talk], 4) == [a, text, a, b]
+    assert questions([Sample(turns=("a ?",), image=1)]) == [a]
 
 
 @pytest.mark.slow
 def test_the_best_round_is_what_comes_out(source, built, tmp_path):
-    """The recipe and the blocks are those of the smallest divergence, measured again here."""
+    """The recipe and the blocks are those of the divergence that is told, measured again here."""
     checkpoint = open_checkpoint(built)
     derivation = checkpoint.provenance["derivation"]
     number, values = derivation["round"], derivation["divergences"]
     assert len(values) == 2
-    assert values[number] == min(values) == derivation["chosen"]["divergence"]
-    assert min(each["divergence"] for each in derivation["tried"]) == values[number]
-    (again,) = measure_divergences(
+    assert values[number] == derivation["chosen"]["divergence"] <= values[0]
+    assert derivation["chosen"] in derivation["tried"]
+    again = measure_divergences(
         checkpoint,
         open_checkpoint(source),
         samples(),
@@ -219,7 +218,7 @@ def test_the_best_round_is_what_comes_out(source, built, tmp_path):
         tmp_path / "journal",
         dtype="float32",
     )
-    assert again == pytest.approx(values[number], rel=1e-6)
+    assert again.mean() == pytest.approx(values[number], rel=1e-6)
     told = checkpoint.provenance["calibration"]
     assert ("recipe" in told) == (number > 0)
     assert checkpoint.provenance["variant"] == "co-calibrated"

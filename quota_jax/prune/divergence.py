@@ -1,9 +1,9 @@
 """How far a pruned low-bit model's answers are from those of full precision.
 
-A sample is answered greedily by the full-precision model on all tokens. Then both models read the
+A prompt is answered greedily by the full-precision model on all tokens. Then both models read the
 prompt and are given that answer token by token, the deployed one under its recipe and with its own
 cache; the divergence is the mean over the answer's tokens of KL(full precision || deployed).
-A conversation counts by one of its questions, asked alone: with several, or with answers, in the
+The questions of a conversation are prompts of their own: with several, or with answers, in one
 prompt their attention would choose tokens that no single question keeps.
 """
 
@@ -36,6 +36,8 @@ from quota_jax.recipe import Recipe
 
 ANSWER = 8
 """Tokens of an answer that are compared."""
+PROMPTS = 256
+"""Prompts that are asked at most."""
 
 
 def measure_divergences(
@@ -47,8 +49,8 @@ def measure_divergences(
     *,
     batch_size: int = 4,
     dtype: str | None = None,
-) -> tuple[float, ...]:
-    """The mean divergence in nats over ``samples``, for each of ``recipes``.
+) -> Float[np.ndarray, "prompts recipes"]:
+    """The divergence in nats of each of the samples' ``questions``, for each of ``recipes``.
 
     Both models are on the device at once. Recipes that differ in the weights of QUOTA's score only
     share a program. ``journal`` keeps the values of each batch: the same call goes on from it, and
@@ -71,14 +73,15 @@ def measure_divergences(
         "recipes": [recipe.to_json() for recipe in recipes],
         "batch_size": batch_size,
         "answer": ANSWER,
+        "prompts": PROMPTS,
         "dtype": dtype,
         "version": __version__,
     }
-    notes = Journal(journal, identity)
+    notes, asked = Journal(journal, identity), questions(samples)
     done = len(notes.rows)
-    if done * batch_size < len(samples):
+    if done * batch_size < len(asked):
         processor = Processor.from_folder(reference.assets_dir, reference.config)
-        data = make_batches(processor, questions(samples), batch_size)
+        data = make_batches(processor, asked, batch_size)
         low, full = (each.load_model(dtype) for each in (quantized, reference))
         unpruned = Recipe.none(reference.config.text.num_layers)
         programs = _programs([recipe.canonical() for recipe in recipes])
@@ -92,17 +95,18 @@ def measure_divergences(
                 for each in programs
             ]
             notes.append({"divergence": np.stack(found, axis=1)[:count]})
-    return tuple(notes.values()["divergence"].mean(0).tolist())
+    return notes.values()["divergence"]
 
 
-def questions(samples: Sequence[Sample]) -> list[Sample]:
-    """Each sample's prompt; of conversation i the question i, counted round and round."""
-    found = []
-    for i, sample in enumerate(samples):
-        asked = sample.turns[::2]
-        chosen = (asked[i % len(asked)],) if asked else ()
-        found.append(dataclasses.replace(sample, turns=chosen))
-    return found
+def questions(samples: Sequence[Sample], limit: int = PROMPTS) -> list[Sample]:
+    """The first ``limit`` prompts: the first question of each sample, then the second ones."""
+    found: list[Sample] = []
+    for turn in range(max((len(sample.turns) for sample in samples), default=0) // 2 + 1):
+        for sample in samples:
+            asked = sample.turns[2 * turn : 2 * turn + 1]
+            if asked or (turn == 0 and not sample.turns):
+                found.append(dataclasses.replace(sample, turns=asked))
+    return found[:limit]
 
 
 def _programs(recipes: Sequence[Recipe]) -> list[tuple[Recipe, dict[str, float] | None]]:

@@ -86,12 +86,14 @@ def co_calibrate(
     equal: Recipe,
     make: Make,
     derive: Derive,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, Any]:
     """Makes ``out``; rounds stand beside it until the best one takes its place.
 
     Args:
       rounds: calibrations after the first.
       equal: equal drops at the candidate layers, scored by all metrics.
+      progress: called with (what is done, prompts done, prompts in all) while answers are compared.
 
     Returns:
       What is stored as the checkpoint's ``derivation``.
@@ -105,7 +107,7 @@ def co_calibrate(
         derived, derivation = derive(measured)
         chosen, tried = search(
             {"sensitivity": derived, "equal": equal},
-            _measure(quantized, reference, samples),
+            _measure(quantized, reference, samples, progress),
         )
         told.append({**derivation, "tried": [each.told for each in tried], "chosen": chosen.told})
         if best is None or chosen.beats(best[0]):
@@ -157,13 +159,24 @@ def search(schedules: dict[str, Recipe], measure: Measure) -> tuple[Tried, list[
         step += 1
 
 
-def _measure(quantized: Checkpoint, reference: Checkpoint, samples: Sequence[Sample]) -> Measure:
+def _measure(
+    quantized: Checkpoint,
+    reference: Checkpoint,
+    samples: Sequence[Sample],
+    progress: Callable[[str, int, int], None] | None,
+) -> Measure:
     """Each step of a search has a journal beside the checkpoint."""
     place = quantized.path
 
     def measure(step: int, recipes: Sequence[Recipe]) -> np.ndarray:
+        def tell(done: int, total: int) -> None:
+            if progress is not None:
+                progress(f"{place.name}, comparing answers, step {step}", done, total)
+
         journal = place.with_name(f"{place.name}.divergences-{step}")
-        return measure_divergences(quantized, reference, samples, recipes, journal, dtype=DTYPE)
+        return measure_divergences(
+            quantized, reference, samples, recipes, journal, dtype=DTYPE, progress=tell
+        )
 
     return measure
 

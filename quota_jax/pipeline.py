@@ -253,6 +253,7 @@ def _build(
                 equal=recipe,
                 make=made,
                 derive=lambda found: _schedule(config, options, chosen, found),
+                progress=progress,
             )
         set_recipe(place, open_checkpoint(place).recipe, {"variant": name})
         return

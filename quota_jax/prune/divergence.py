@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,14 @@ def measure_divergences(
     *,
     batch_size: int = 4,
     dtype: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Float[np.ndarray, "prompts recipes"]:
     """The divergence in nats of each of the samples' ``questions``, for each of ``recipes``.
 
     Both models are on the device at once. Recipes that differ in the weights of QUOTA's score only
     share a program. ``journal`` keeps the values of each batch: the same call goes on from it, and
     one that is complete computes nothing. dtype: both models are loaded in it; None takes what is
-    stored.
+    stored. progress: called with (prompts done, prompts in all) after each batch.
 
     Raises:
       QuotaError: the checkpoints are not the two forms of one model, or there are no samples.
@@ -95,6 +96,8 @@ def measure_divergences(
                 for each in programs
             ]
             notes.append({"divergence": np.stack(found, axis=1)[:count]})
+            if progress is not None:
+                progress(min(len(notes.rows) * batch_size, len(asked)), len(asked))
     return notes.values()["divergence"]
 
 

@@ -104,7 +104,7 @@ KEPT = {
 }
 
 
-@pytest.mark.parametrize("family", ["llava", "qwen"])
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def test_scales_change_nothing_before_rounding(tmp_path, family, monkeypatch) -> None:
     """All sites of both families with random scales: every block computes what it did."""
     rng = np.random.default_rng(0)

@@ -37,7 +37,7 @@ CHANNEL = dataclasses.replace(QuantizationConfig.parse("W4A8KV4"), key_quantizat
 PRUNED = Recipe.uniform(num_layers=2, layers=[0], keep=0.5)
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen"])
+@pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def source(request, tmp_path_factory):
     """Checkpoints with four query heads and two key/value heads."""
     root = tmp_path_factory.mktemp(f"cache_{request.param}")

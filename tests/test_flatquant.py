@@ -162,7 +162,7 @@ def test_rounding_and_reading_back_pass_gradients():
     np.testing.assert_array_equal(read, [0.0, 4.0, -4.0])
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def family(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("flatquant")
     writer = {"llava": write_tiny_llava, "qwen": write_tiny_qwen}[request.param]

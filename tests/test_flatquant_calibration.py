@@ -57,7 +57,7 @@ def parse(label: str, **options) -> QuantizationConfig:
     return QuantizationConfig.parse(label, method="flatquant", **options)
 
 
-@pytest.fixture(scope="module", params=["llava", "qwen"])
+@pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def checkpoints(request, tmp_path_factory) -> tuple[Path, Path]:
     """A tiny checkpoint, and its twin with outliers."""
     root = tmp_path_factory.mktemp("calibration")

@@ -38,9 +38,9 @@ LENGTHS = [[20, 7, 33], [11, 64, 5], [4, 2, 63]]
     ("method", "dtype"),
     [
         ("RTN", "float32"),
-        ("RTN, 8-bit activations", "bfloat16"),
+        pytest.param("RTN, 8-bit activations", "bfloat16", marks=pytest.mark.slow),
         ("FlatQuant", "bfloat16"),
-        ("FlatQuant of heads, keys and cache", "float32"),
+        pytest.param("FlatQuant of heads, keys and cache", "float32", marks=pytest.mark.slow),
     ],
 )
 @pytest.mark.parametrize("family", [pytest.param("llava", marks=pytest.mark.slow), "qwen"])

@@ -242,6 +242,7 @@ def test_killed_run_ends_with_the_same_arrays(trained, sources, tmp_path):
     assert not any("training" in path.name for path in out.rglob("*"))
 
 
+@pytest.mark.slow
 def test_damaged_state_is_refused(sources, tmp_path):
     out = tmp_path / "out"
 

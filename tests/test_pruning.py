@@ -156,7 +156,7 @@ RECIPES = {
 
 LONG = (
     *("fastv", "input", "mmtok_then_a_floor_per_picture", "pyramid_drop", "text_attention"),
-    "untrimmed",
+    *("div_prune", "untrimmed"),
 )
 """Left to CI."""
 

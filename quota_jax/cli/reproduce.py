@@ -40,8 +40,8 @@ class Reproduce:
     """
 
     what: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="TABLE")]
-    """table1 to table7, scores, keep, methods, peers, fig3, fig4, fig5, or all; pareto: accuracy
-    against speed and memory (with --bench, then also in all)."""
+    """table1 to table7, scores, keep, methods, outliers, peers, fig3, fig4, fig5, or all; pareto:
+    accuracy against speed and memory (with --bench, then also in all)."""
     out: Path
     """Folder of the study; tables come to OUT/tables."""
     model: Literal["llava", "qwen2_5_vl"] = "llava"

@@ -42,8 +42,6 @@ Make = Callable[[Path, Recipe | None, str | None], Path]
 say); does nothing where it is there."""
 Derive = Callable[[Sensitivities], tuple[Recipe, dict[str, Any]]]
 """The schedule that follows from sensitivities, and what is told of it."""
-
-
 ERRORS = 2.0
 """Standard errors by which a better mean is lower."""
 
@@ -87,23 +85,20 @@ def co_calibrate(
     make: Make,
     derive: Derive,
     progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Makes ``out``; rounds stand beside it until the best one takes its place.
 
     Args:
       rounds: calibrations after the first.
       equal: equal drops at the candidate layers, scored by all metrics.
       progress: called with (what is done, prompts done, prompts in all) while answers are compared.
-
-    Returns:
-      What is stored as the checkpoint's ``derivation``.
     """
     best: tuple[Tried, Path, dict[str, Any]] | None = None
     graph, told = None, []
     for number in range(rounds + 1):
         place = make(out.with_name(f"round-{number}"), graph, "quantized" if number else None)
         quantized = open_checkpoint(place)
-        measured = _sensitivities(quantized, reference, samples, graph)
+        measured = deployed_sensitivities(quantized, reference, samples, graph)
         derived, derivation = derive(measured)
         chosen, tried = search(
             {"sensitivity": derived, "equal": equal},
@@ -118,7 +113,6 @@ def co_calibrate(
     derivation["divergences"] = [each["chosen"]["divergence"] for each in told]
     set_recipe(place, chosen.recipe, {"derivation": derivation})
     place.rename(out)
-    return derivation
 
 
 Measure = Callable[[int, Sequence[Recipe]], np.ndarray]
@@ -181,10 +175,14 @@ def _measure(
     return measure
 
 
-def _sensitivities(
-    quantized: Checkpoint, reference: Checkpoint, samples: Sequence[Sample], graph: Recipe | None
+def deployed_sensitivities(
+    quantized: Checkpoint,
+    reference: Checkpoint,
+    samples: Sequence[Sample],
+    graph: Recipe | None = None,
 ) -> Sensitivities:
-    """Measured once; a killed call finds them."""
+    """Measured once, into a file beside the checkpoint; a killed call finds them. ``graph``: the
+    recipe of the execution, None keeps all tokens."""
     place = quantized.path
     file = place.with_name(f"{place.name}.sensitivities.json")
     if not file.exists():

@@ -28,16 +28,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quota_jax.checkpoint import Checkpoint, open_checkpoint, set_recipe
-from quota_jax.co_calibration import co_calibrate
+from quota_jax.co_calibration import co_calibrate, deployed_sensitivities
 from quota_jax.config import ModelConfig
 from quota_jax.errors import QuotaError
 from quota_jax.prune.allocator import Allocation, allocate, quota_recipe
 from quota_jax.prune.presets import candidates
-from quota_jax.prune.sensitivity import (
-    Sensitivities,
-    SensitivityOptions,
-    measure_sensitivities,
-)
+from quota_jax.prune.sensitivity import Sensitivities
 from quota_jax.quant.calibrate import DATA_METHODS, Options, Report, calibrate
 from quota_jax.quant.calibration_data import Sample, digest
 from quota_jax.quantization import QuantizationConfig
@@ -285,13 +281,7 @@ def _derive(
     quantized = open_checkpoint(place)
     if quantized.provenance.get("variant") == name:
         return
-    measured = measure_sensitivities(
-        quantized,
-        reference,
-        samples,
-        place.with_name(f"{place.name}.sensitivities"),
-        options=SensitivityOptions(dtype="float32"),
-    )
+    measured = deployed_sensitivities(quantized, reference, samples)
     recipe, told = _schedule(quantized.config, options, chosen, measured)
     set_recipe(place, recipe, {"variant": name, "derivation": told})
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 import quota_jax as qj
-from converters import convert
 from pallas_kernels.stable import as_stored
 from quota_jax.errors import QuotaError
 from quota_jax.kv_cache import CacheGroup, ChannelKeys
@@ -28,8 +27,8 @@ from quota_jax.quant.quantizers import quantize_kv
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe
 from tests.test_flatquant import assert_close, batch_of, random_learned, walk
-from tests.tiny_models import draw_picture, write_tiny_llava
-from tests.tiny_qwen import write_tiny_qwen
+from tests.tiny_checkpoints import tiny_checkpoint
+from tests.tiny_models import draw_picture
 
 WHOLE = QuantizationConfig.parse("W4A4KV4", method="flatquant")
 WHOLE = dataclasses.replace(WHOLE, output_transform="heads", key_transform=True, cache_clip=True)
@@ -41,11 +40,7 @@ PRUNED = Recipe.uniform(num_layers=2, layers=[0], keep=0.5)
 def source(request, tmp_path_factory):
     """Checkpoints with four query heads and two key/value heads."""
     root = tmp_path_factory.mktemp(f"cache_{request.param}")
-    if request.param == "llava":
-        convert(write_tiny_llava(root / "hf", num_kv_heads=2, image_size=56), root / "ckpt")
-    else:
-        convert(write_tiny_qwen(root / "hf", num_kv_heads=2), root / "ckpt")
-    return root / "ckpt"
+    return tiny_checkpoint(root, request.param, num_kv_heads=2)
 
 
 @pytest.fixture(scope="module")

@@ -36,18 +36,18 @@ def test_one_call_makes_a_checkpoint_of_a_hugging_face_folder(
 ) -> None:
     """Killed while it measures, it leaves no OUT; the same command goes on, and generate, which is
     told nothing, prunes by the recipe."""
-    from quota_jax import pipeline
+    from quota_jax import co_calibration
 
     out, data = tmp_path / "quota", made / "calib.json"
     command = ["calibrate", str(made / "hf"), "--out", str(out), "--variant", "collaborative"]
     command += ["--keep", "0.25", "--data", str(data), *ROUND]
-    measure = pipeline.measure_sensitivities
+    measure = co_calibration.measure_sensitivities
     with monkeypatch.context() as patch:
 
         def kill(*args, **more):
             raise KeyboardInterrupt
 
-        patch.setattr(pipeline, "measure_sensitivities", kill)
+        patch.setattr(co_calibration, "measure_sensitivities", kill)
         assert main(command) == 130
     assert [path.name for path in tmp_path.iterdir()] == ["quota.unfinished"]
     other = [part if part != "0.25" else "0.5" for part in command]
@@ -56,7 +56,7 @@ def test_one_call_makes_a_checkpoint_of_a_hugging_face_folder(
 
     calls = []
     monkeypatch.setattr(
-        pipeline, "measure_sensitivities", lambda *a, **k: calls.append(a) or measure(*a, **k)
+        co_calibration, "measure_sensitivities", lambda *a, **k: calls.append(a) or measure(*a, **k)
     )
     assert main(command) == 0
     assert "W4A8KV4" in capsys.readouterr().out

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 import quota_jax as qj
-from converters import convert
-from quota_jax import co_calibration
+from quota_jax import co_calibration, pipeline
 from quota_jax.checkpoint import open_checkpoint
 from quota_jax.co_calibration import search
 from quota_jax.errors import QuotaError
 from quota_jax.pipeline import PipelineOptions, build_variant
+from quota_jax.prune import divergence as divergence_module
 from quota_jax.prune.divergence import (
     ANSWER,
     divergence,
@@ -29,8 +29,8 @@ from quota_jax.quant.calibration_data import Sample, make_batches
 from quota_jax.quant.gptq import GptqOptions
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe, Selector, Stage
-from tests.tiny_models import draw_picture, write_tiny_llava
-from tests.tiny_qwen import write_tiny_qwen
+from tests.tiny_checkpoints import tiny_checkpoint
+from tests.tiny_models import draw_picture
 
 QUANTIZATION = QuantizationConfig.parse("W4A4KV4", method="gptq")
 
@@ -56,12 +56,7 @@ def samples(count: int = 3, answers: bool = False) -> list[Sample]:
 
 @pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def source(request, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp(request.param)
-    if request.param == "llava":
-        convert(write_tiny_llava(root / "hf", image_size=56), root / "ckpt")
-    else:
-        convert(write_tiny_qwen(root / "hf"), root / "ckpt")
-    return root / "ckpt"
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +131,7 @@ def test_search_keeps_at_least_one_metric():
 def test_divergence_is_the_mean_kl():
     rng = np.random.default_rng(0)
     expected, found = rng.normal(size=(2, 2, 3, 7)) * 3
-    weights = np.array([[1, 1, 0], [1, 0, 0]], np.float32)
+    given = np.array([[1, 1, 0], [1, 0, 0]], bool)
 
     def softmax(x):
         x = np.exp(x - x.max(-1, keepdims=True))
@@ -144,9 +139,9 @@ def test_divergence_is_the_mean_kl():
 
     p, q = softmax(expected), softmax(found)
     each = (p * np.log(p / q)).sum(-1)
-    result = divergence(*map(jnp.asarray, (expected, found, weights)))
+    result = divergence(*map(jnp.asarray, (expected, found, given)))
     np.testing.assert_allclose(result, [each[0, :2].mean(), each[1, 0]], rtol=1e-5)
-    np.testing.assert_allclose(divergence(expected, expected, weights), 0, atol=1e-6)
+    np.testing.assert_allclose(divergence(expected, expected, given), 0, atol=1e-6)
 
 
 @pytest.mark.slow
@@ -233,7 +228,7 @@ def test_a_killed_call_measures_nothing_twice(source, built, tmp_path, monkeypat
     options = PipelineOptions(
         keep=0.25, quantization=QUANTIZATION, options=GptqOptions(batch_size=2), layers=(0, 1)
     )
-    measure, calls = co_calibration.measure_divergences, []
+    measure = co_calibration.measure_divergences
 
     def killed(quantized, *args, **more):
         if quantized.path.name == "round-1":
@@ -245,17 +240,20 @@ def test_a_killed_call_measures_nothing_twice(source, built, tmp_path, monkeypat
     with pytest.raises(KeyboardInterrupt):
         build_variant("co-calibrated", source, out, options, samples=samples())
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
-    monkeypatch.setattr(co_calibration, "measure_divergences", measure)
 
     def forbidden(*args, **more):
-        calls.append(args)
         raise AssertionError("measured or calibrated again")
 
-    for name in ("measure_sensitivities",):
-        monkeypatch.setattr(co_calibration, name, forbidden)
-    monkeypatch.setattr("quota_jax.pipeline.calibrate", forbidden)
+    def resumed(quantized, *args, **more):
+        with monkeypatch.context() as patch:
+            if quantized.path.name == "round-0":
+                patch.setattr(divergence_module, "answer_logits", forbidden)
+            return measure(quantized, *args, **more)
+
+    monkeypatch.setattr(co_calibration, "measure_divergences", resumed)
+    monkeypatch.setattr(co_calibration, "measure_sensitivities", forbidden)
+    monkeypatch.setattr(pipeline, "calibrate", forbidden)
     build_variant("co-calibrated", source, out, options, samples=samples())
-    assert not calls
     one, other = open_checkpoint(built), open_checkpoint(out)
     assert one.recipe == other.recipe
     assert one.provenance["derivation"] == other.provenance["derivation"]

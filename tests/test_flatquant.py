@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 
 import quota_jax as qj
-from converters import convert
 from pallas_kernels.int4_matmul import integer_matmul
 from quota_jax.generation import forward
 from quota_jax.models.params import abstract_params, blocks, build_model, flatten_params
@@ -36,10 +34,9 @@ from quota_jax.quant.straight_through import pass_through, round_through, simula
 from quota_jax.quant.streaming import Stream
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe
-from tests.tiny_models import draw_picture, write_tiny_llava
-from tests.tiny_qwen import write_tiny_qwen
+from tests.tiny_checkpoints import tiny_checkpoint
+from tests.tiny_models import draw_picture
 
-FAMILIES = ("llava", "qwen")
 W4A4 = QuantizationConfig.parse("W4A4KV4", method="flatquant")
 SITES = {
     "llava": {
@@ -165,11 +162,8 @@ def test_rounding_and_reading_back_pass_gradients():
 @pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def family(request, tmp_path_factory):
     root = tmp_path_factory.mktemp("flatquant")
-    writer = {"llava": write_tiny_llava, "qwen": write_tiny_qwen}[request.param]
-    options: dict[str, Any] = {"llava": {"image_size": 56}, "qwen": {}}[request.param]
-    options = {**options, "num_kv_heads": 2, "intermediate_size": 90}
-    convert(writer(root / "hf", **options), root / "ckpt")
-    return request.param, qj.load(root / "ckpt", dtype="float32")
+    path = tiny_checkpoint(root, request.param, num_kv_heads=2, intermediate_size=90)
+    return request.param, qj.load(path, dtype="float32")
 
 
 def by_block(vlm) -> dict[str, dict[str, np.ndarray]]:

@@ -33,8 +33,8 @@ from quota_jax.quant.streaming import Stream
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.testbed.outliers import plant_outliers
 from quota_jax.testbed.samples import write_samples
+from tests.tiny_checkpoints import tiny_checkpoint
 from tests.tiny_models import draw_picture, write_tiny_llava
-from tests.tiny_qwen import write_tiny_qwen
 
 ROOT = Path(__file__).resolve().parent.parent
 # A process that is killed adds nothing to the compilation cache: half an entry would stay.
@@ -61,12 +61,8 @@ def parse(label: str, **options) -> QuantizationConfig:
 def checkpoints(request, tmp_path_factory) -> tuple[Path, Path]:
     """A tiny checkpoint, and its twin with outliers."""
     root = tmp_path_factory.mktemp("calibration")
-    if request.param == "llava":
-        folder = write_tiny_llava(root / "hf", image_size=56)
-    else:
-        folder = write_tiny_qwen(root / "hf")
-    convert(folder, root / "plain")
-    return root / "plain", plant_outliers(root / "plain", root / "outliers")
+    path = tiny_checkpoint(root, request.param)
+    return path, plant_outliers(path, root / "outliers")
 
 
 @pytest.fixture(scope="module")

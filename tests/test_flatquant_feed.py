@@ -11,7 +11,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from converters import convert
 from quota_jax.checkpoint import CheckpointWriter, open_checkpoint
 from quota_jax.cli import main
 from quota_jax.errors import QuotaError
@@ -25,8 +24,8 @@ from quota_jax.quant.flatquant import factor
 from quota_jax.quant.folding import find_sites, fold_exactly, start
 from quota_jax.quant.streaming import write_blocks
 from quota_jax.quantization import QuantizationConfig
-from tests.tiny_models import draw_picture, write_tiny_llava
-from tests.tiny_qwen import write_tiny_qwen
+from tests.tiny_checkpoints import tiny_checkpoint
+from tests.tiny_models import draw_picture
 
 ROUNDED = QuantizationConfig.parse("W4A4KV4")
 W4A4 = QuantizationConfig.parse("W4A4KV4", method="flatquant")
@@ -34,12 +33,7 @@ W4A4 = QuantizationConfig.parse("W4A4KV4", method="flatquant")
 
 @pytest.fixture(scope="module", params=["llava", "qwen"])
 def source(request, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp(request.param)
-    if request.param == "llava":
-        convert(write_tiny_llava(root / "hf", image_size=56), root / "ckpt")
-    else:
-        convert(write_tiny_qwen(root / "hf"), root / "ckpt")
-    return root / "ckpt"
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def samples() -> list[Sample]:

@@ -9,8 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from converters import convert
-from quota_jax import pipeline
+from quota_jax import co_calibration, pipeline
 from quota_jax.checkpoint import CheckpointWriter, open_checkpoint
 from quota_jax.config import TextConfig
 from quota_jax.errors import QuotaError
@@ -30,20 +29,15 @@ from quota_jax.quant.streaming import check_graph, write_blocks
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe, Selector, Stage
 from quota_jax.testbed.learning.models import SMALL_MODELS
-from tests.tiny_models import draw_picture, write_tiny_llava
-from tests.tiny_qwen import write_tiny_qwen
+from tests.tiny_checkpoints import tiny_checkpoint
+from tests.tiny_models import draw_picture
 
 ROUNDED = QuantizationConfig.parse("W4A4KV4")
 
 
 @pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def source(request, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp(request.param)
-    if request.param == "llava":
-        convert(write_tiny_llava(root / "hf", image_size=56), root / "ckpt")
-    else:
-        convert(write_tiny_qwen(root / "hf"), root / "ckpt")
-    return root / "ckpt"
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def samples() -> list[Sample]:
@@ -207,12 +201,12 @@ def test_variants_store_their_recipes(source, tmp_path):
 def test_a_killed_call_leaves_no_checkpoint_and_goes_on(source, tmp_path, monkeypatch):
     """Killed after calibration, before its recipe is there: the calibration is not done again."""
     options = PipelineOptions(keep=0.5, quantization=ROUNDED, layers=(0, 1))
-    place, measure = tmp_path / "out", pipeline.measure_sensitivities
+    place, measure = tmp_path / "out", co_calibration.measure_sensitivities
 
     def kill(*args, **more):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "measure_sensitivities", kill)
+    monkeypatch.setattr(co_calibration, "measure_sensitivities", kill)
     with pytest.raises(KeyboardInterrupt):
         build_variant("collaborative", source, place, options, samples=samples())
     assert [path.name for path in tmp_path.iterdir()] == ["out.unfinished"]
@@ -220,7 +214,7 @@ def test_a_killed_call_leaves_no_checkpoint_and_goes_on(source, tmp_path, monkey
     with pytest.raises(QuotaError, match=r"begun with other settings \(keep is 0.5, not 0.25\)"):
         build_variant("collaborative", source, place, other, samples=samples())
 
-    monkeypatch.setattr(pipeline, "measure_sensitivities", measure)
+    monkeypatch.setattr(co_calibration, "measure_sensitivities", measure)
     monkeypatch.setattr(pipeline, "calibrate", kill)
     build_variant("collaborative", source, place, options, samples=samples())
     assert [path.name for path in tmp_path.iterdir()] == ["out"]

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 import quota_jax as qj
-from converters import convert
 from quota_jax.checkpoint import open_checkpoint
 from quota_jax.errors import QuotaError
 from quota_jax.quant.calibrate import calibrate
@@ -18,18 +17,13 @@ from quota_jax.quantization import QuantizationConfig
 from quota_jax.reproduce import weights as study_weights
 from quota_jax.reproduce.weights import GRACE, Weights, make_weights
 from quota_jax.testbed.outliers import FACTOR, plant_outliers
-from tests.tiny_models import draw_picture, write_tiny_llava
-from tests.tiny_qwen import write_tiny_qwen
+from tests.tiny_checkpoints import tiny_checkpoint
+from tests.tiny_models import draw_picture
 
 
 @pytest.fixture(scope="module", params=["llava", pytest.param("qwen", marks=pytest.mark.slow)])
 def source(request, tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp(request.param)
-    if request.param == "llava":
-        convert(write_tiny_llava(root / "hf", image_size=56), root / "ckpt")
-    else:
-        convert(write_tiny_qwen(root / "hf"), root / "ckpt")
-    return root / "ckpt"
+    return tiny_checkpoint(tmp_path_factory.mktemp(request.param), request.param)
 
 
 def talks(count: int = 2) -> list[Sample]:
@@ -71,15 +65,12 @@ def test_outliers_are_refused_where_they_cannot_be(source, tmp_path):
 def test_names_tell_weights_apart():
     plain = Weights(method="rtn", bits="W4A4KV4")
     others = [
-        dataclasses.replace(plain, **change)
-        for change in (
-            {"outliers": 30.0},
-            {"outliers": 10.0},
-            {"seed": 1},
-            {"method": "luq", "bits": "W4A16G128"},
-            {"modules": ("decoder",)},
-            {"variant": "co-calibrated", "keep": 0.3},
-        )
+        dataclasses.replace(plain, outliers=30.0),
+        dataclasses.replace(plain, outliers=10.0),
+        dataclasses.replace(plain, seed=1),
+        dataclasses.replace(plain, method="luq", bits="W4A16G128"),
+        dataclasses.replace(plain, modules=("decoder",)),
+        dataclasses.replace(plain, variant="co-calibrated", keep=0.3),
     ]
     assert len({each.name for each in (plain, *others)}) == 7
     assert not Weights(method="luq", bits="W4A16G128").quantization.symmetric

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from quota_jax import __version__
 from quota_jax.batch import Batch
@@ -178,7 +178,7 @@ def answer_logits(
 def divergence(
     expected: Float[Array, "B N vocab"],
     found: Float[Array, "B N vocab"],
-    given: Float[Array, "B N"],
+    given: Bool[Array, "B N"],
 ) -> Float[Array, " B"]:
     """KL(expected || found) of the distributions, in float32; the mean of each row's ``given``."""
     known, other = (

@@ -61,8 +61,8 @@ def choices() -> list[tuple[str, str, str]]:
         for tokens in (1, 8, 640)
     ]
     rows += [
-        ("transform_quantize", f"{tokens} tokens, 4096", quantize(tokens, 4096))
-        for tokens in (1, 640)
+        ("transform_quantize", f"{name}, transformed", quantize(a * b, a))
+        for name, (a, b) in {"4096": (64, 64), "18944": (128, 148)}.items()
     ]
     rows.append(("kv4_append", "any", append()))
     rows.append(("kv4_attention", "32 heads of 128", decode(128)))

@@ -29,6 +29,22 @@ def as_stored(x: Float[Array, "*shape"], dtype: Any) -> Float[Array, "*shape"]:
     return jax.lax.reduce_precision(x.astype(jnp.float32), info.nexp, info.nmant)
 
 
+def summed(x: Float[Array, "*shape"], y: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``x + y`` in the dtype of ``x``, and really rounded to it: see ``as_stored``."""
+    total = x.astype(jnp.float32) + y.astype(jnp.float32)
+    return as_stored(total, x.dtype).astype(x.dtype)
+
+
+def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """``silu(gate) * up`` in their dtype, sigmoid and both products really rounded to it."""
+
+    def product(x, y):
+        return as_stored(rounded(x.astype(jnp.float32) * y), up.dtype)
+
+    sigmoid = as_stored(jax.nn.sigmoid(gate.astype(jnp.float32)), up.dtype)
+    return product(up, product(gate, sigmoid)).astype(up.dtype)
+
+
 def exp_difference(x: Array, reference: Array) -> Array:
     """``exp(x - reference)`` without the subtraction being contracted into the polynomial of
     ``exp``."""

@@ -185,12 +185,16 @@ class CacheGroup:
 
 def encode(
     x: Float[Array, "*rows H"], bits: int, dtype, clip: Float[Array, " 2"] | None = None
-) -> tuple[Array, ...]:
-    """What the cache stores for keys or values, by token; ``clip``: see ``quantize_kv``."""
+) -> tuple[tuple[Array, ...], Float[Array, "*rows H"]]:
+    """What the cache stores for keys or values, by token, and what attention reads back of it in
+    float32; ``clip``: see ``quantize_kv``."""
     if bits == 16:
-        return (x.astype(dtype),)
+        stored = x.astype(dtype)
+        return (stored,), stored.astype(jnp.float32)
     codes, scale, zero = quantize_kv(x, bits, clip)
-    return (pack_int4(codes) if bits == 4 else codes, scale, zero)
+    # Read from the codes before they are packed: unpacking them again would be work of its own.
+    read = _values(codes, scale, zero)
+    return (pack_int4(codes) if bits == 4 else codes, scale, zero), read
 
 
 def decode(stored: tuple[Array, ...], bits: int) -> Float[Array, "*rows H"]:
@@ -200,6 +204,10 @@ def decode(stored: tuple[Array, ...], bits: int) -> Float[Array, "*rows H"]:
     codes, scale, zero = stored
     if bits == 4:
         return dequantize(codes, scale, zero)
+    return _values(codes, scale, zero)
+
+
+def _values(codes: Array, scale: Array, zero: Array) -> Array:
     steps = codes.astype(jnp.int32) - zero.astype(jnp.int32)[..., None]
     return steps.astype(jnp.float32) * scale.astype(jnp.float32)[..., None]
 

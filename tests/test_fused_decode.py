@@ -18,8 +18,10 @@ import pallas_kernels.transform_quantize.api as quantize_api
 import quota_jax as qj
 import quota_jax.models.decoder as decoder
 from converters import convert
+from quota_jax.bench import example_batch
 from quota_jax.config import PRESETS
 from quota_jax.kv_cache import CacheGroup
+from quota_jax.models import fused_layers
 from quota_jax.models.fused_decode import obstacle
 from quota_jax.models.params import abstract_params, build_model
 from quota_jax.quant.calibrate import calibrate
@@ -53,6 +55,35 @@ def test_the_fused_step_equals_the_modules_bit_for_bit(monkeypatch, family, meth
     found, cache = steps(model, groups, 3, monkeypatch, fused=True)
     expected, expected_cache = steps(model, groups, 3, monkeypatch, fused=False)
     assert np.abs(np.diff(expected, axis=0)).max() > 0.1
+    np.testing.assert_array_equal(found, expected)
+    for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(expected_cache), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [
+        ("RTN", "bfloat16"),
+        ("FlatQuant of heads, keys and cache", "float32"),
+        pytest.param("FlatQuant", "bfloat16", marks=pytest.mark.slow),
+    ],
+)
+@pytest.mark.parametrize("family", ["llava", pytest.param("qwen", marks=pytest.mark.slow)])
+def test_the_fused_prefill_equals_the_modules_bit_for_bit(monkeypatch, family, method, dtype):
+    """States, kept tokens and caches of a pruned prefill of two prompts, on a CPU."""
+    config = tiny_config(family)
+    model = random_model(config, METHODS[method], jnp.dtype(dtype))
+    batch = example_batch(config, 2, 16)
+    recipe = Recipe.uniform(num_layers=4, layers=[1], keep=0.5)
+    runs = []
+    for fused in (True, False):
+        if not fused:
+            monkeypatch.setattr(fused_layers, "obstacle", lambda layers: "a test wants the modules")
+        jax.clear_caches()
+        runs.append(qj.prefill(model, batch, recipe=recipe))
+    jax.clear_caches()
+    (found, cache), (expected, expected_cache) = runs
+    assert np.ptp(np.asarray(expected)) > 0.1
     np.testing.assert_array_equal(found, expected)
     for one, other in zip(jax.tree.leaves(cache), jax.tree.leaves(expected_cache), strict=True):
         np.testing.assert_array_equal(one, other)

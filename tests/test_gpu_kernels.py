@@ -34,7 +34,7 @@ def rng(request) -> np.random.Generator:
 
 @pytest.mark.parametrize("impl", ["mosaic_gpu", "pallas_triton"])
 @pytest.mark.parametrize("rows", [1, 3, 8, 33, 237, 577])
-@pytest.mark.parametrize(("outputs", "inputs"), [(384, 1280), (4096, 11008)])
+@pytest.mark.parametrize(("outputs", "inputs"), [(384, 1280), (4096, 11008), (1024, 4096)])
 def test_int4_matmul_is_exact(rng, impl, rows, outputs, inputs):
     if impl in refusals(rows, outputs, inputs):
         pytest.skip(refusals(rows, outputs, inputs)[impl])
@@ -53,6 +53,9 @@ def test_int4_matmul_is_exact(rng, impl, rows, outputs, inputs):
         np.testing.assert_allclose(found, int4_matmul(*arguments, impl="xla"), rtol=3e-7)
         short = int4_matmul(*arguments, impl=impl, out_dtype=jnp.bfloat16)
         np.testing.assert_array_equal(short, found.astype(jnp.bfloat16))
+        bias = jnp.asarray(rng.standard_normal((3, outputs), np.float32))
+        biased = int4_matmul(*arguments, bias=bias, impl=impl)
+        np.testing.assert_allclose(biased, found + bias[layer], rtol=3e-7, atol=1e-6)
 
 
 @pytest.mark.parametrize("heads", [(32, 32, 128), (28, 4, 128), (6, 2, 40), (4, 4, 80)])

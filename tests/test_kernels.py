@@ -273,7 +273,32 @@ def test_the_mosaic_matmul_lowers_for_every_number_of_tokens(rows, inputs, dtype
     from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic
 
     kernel = functools.partial(int4_matmul_mosaic, out_dtype=jnp.dtype(dtype))
-    assert "mosaic_gpu" in lower(kernel, *matmul_shapes(rows, 384, inputs))
+    shapes = matmul_shapes(rows, 384, inputs)
+    assert "mosaic_gpu" in lower(kernel, *shapes)
+    assert "mosaic_gpu" in lower(kernel, *shapes, jax.ShapeDtypeStruct((3, 384), jnp.bfloat16))
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "inputs", "tokens", "splits"),
+    [
+        (640, 22016, 4096, 256, 1),
+        (237, 22016, 4096, 128, 1),
+        (237, 4096, 11008, 64, 1),
+        (577, 3072, 1024, 128, 1),
+        (8, 4096, 11008, 8, 4),
+        (8, 22016, 4096, 8, 1),
+        (64, 3584, 18944, 64, 4),
+        (8, 1024, 256, 8, 1),
+    ],
+)
+def test_tiles_fill_the_multiprocessors(rows, outputs, inputs, tokens, splits):
+    """Sizes that were measured as the fastest (``measured/kernels.md``), or whose inputs have to be
+    split; a part is never shorter than what is loaded ahead."""
+    from pallas_kernels.int4_matmul.mosaic_gpu import Tiles
+
+    tiles = Tiles.of(rows, outputs, inputs)
+    assert (tiles.tokens, tiles.splits) == (tokens, splits)
+    assert inputs // tiles.inputs // tiles.splits >= (tiles.steps if splits > 1 else 1)
 
 
 @newer_jax

@@ -132,7 +132,7 @@ def test_the_kernel_in_the_interpreter_equals_the_reference(name, rows):
     own = jax.tree.map(lambda a: a[2], sites)
     expected = transform_quantize_reference(x, added, own, **kwargs)
     # Operands keep 16 bits: a code next to a rounding boundary may fall on its other side.
-    np.testing.assert_allclose(found.scale, expected.scale, rtol=3e-5)
+    np.testing.assert_allclose(found.scale[: expected.scale.size], expected.scale, rtol=3e-5)
     off = np.abs(np.asarray(found.codes, int) - np.asarray(expected.codes, int))
     assert off.max() <= 1
     assert off.mean() <= 2e-3
@@ -179,10 +179,9 @@ def test_bad_calls_are_refused(monkeypatch, options, words):
 
 def test_a_transform_that_does_not_fit_is_refused_and_not_taken(monkeypatch):
     monkeypatch.setattr(quantize_api, "find_gpu", lambda: HOPPER)
-    assert quantize_api.automatic(1, 11008, 86) == "pallas_triton"
-    assert quantize_api.automatic(64, 18944) == "pallas_triton"
-    assert quantize_api.automatic(65, 18944) == "xla"
-    assert quantize_api.automatic(1, 18944, 128) == "xla"
+    assert quantize_api.automatic(11008, 86) == "pallas_triton"
+    assert quantize_api.automatic(18944) == "pallas_triton"
+    assert quantize_api.automatic(18944, 128) == "xla"
     assert "128 x 148" in quantize_api.refusals(18944, 128)["pallas_triton"]
 
 
@@ -369,7 +368,7 @@ def test_transform_quantize_on_the_gpu(inputs, gated, rows):
             left=sites.left, right=sites.right, clip=sites.clip,
         )  # fmt: skip
         found, expected = call(impl="pallas_triton"), call(impl="xla")
-        np.testing.assert_allclose(found.scale, expected.scale, rtol=2**-7)
+        np.testing.assert_allclose(found.scale[: expected.scale.size], expected.scale, rtol=2**-7)
         off = np.abs(np.asarray(found.codes, int) - np.asarray(expected.codes, int))
         # XLA may keep more than bfloat16 between the operations that it fuses.
         assert off.max() <= 1

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.accelerator import find_gpu, has_tpu, on_platform
 from pallas_kernels.dispatch import AUTO, resolve
 from pallas_kernels.int4_matmul.reference import int4_matmul_reference
-from pallas_kernels.stable import rounded
+from pallas_kernels.stable import as_stored, rounded
 
 IMPLEMENTATIONS = ("mosaic_gpu", "pallas_triton", "pallas_tpu", "xla")
 GEMV_ROWS = 4
@@ -19,26 +21,29 @@ GEMV_ROWS = 4
 
 def int4_matmul(
     x: Int[Array, "M K"],
-    x_scale: Float[Array, " M"],
+    x_scale: Float[Array, " P"],
     packed: Array,
     scale: Array,
     layer: Array | int | None = None,
     *,
+    bias: Array | None = None,
     out_dtype: Any = jnp.float32,
     impl: str = AUTO,
 ) -> Float[Array, "M N"]:
-    """``y = (x W^T) * x_scale * scale`` for int8-stored activations and packed int4 weights.
+    """``y = (x W^T) * x_scale * scale + bias``: int8-stored activations, packed int4 weights.
 
     Args:
       x: int8, values of 4- or 8-bit activations.
-      x_scale: float32 scale of each row of ``x``.
+      x_scale: float32 scale of each row of ``x``; what stands beyond the rows is not used.
       packed: uint8 ``[N, K/2]``, or the whole stack ``[L, N, K/2]`` together with ``layer``.
       scale: float32 ``[N]`` or ``[L, N]``.
       layer: index into the stack; taken inside the kernels, which copy no slice.
+      bias: ``[N]`` or ``[L, N]``, added in float32; the tensor-core kernel adds it itself.
       out_dtype: of the result; the epilogue itself is float32.
       impl: "auto" or the name of an implementation; a named one that cannot run raises ValueError.
 
-    Accumulates in int32 (exact), multiplies by ``x_scale`` then ``scale`` in float32.
+    Accumulates in int32 (exact), multiplies by ``x_scale`` then ``scale`` in float32, adds the
+    bias.
     """
     rows, inputs = x.shape
     outputs = packed.shape[-2]
@@ -50,24 +55,47 @@ def int4_matmul(
         refusals(rows, outputs, inputs),
     )
 
-    def reference(*arrays):
-        return rounded(int4_matmul_reference(*arrays)).astype(out_dtype)
-
     if layer is None:
         packed, scale, layer = packed[None], scale[None], 0
-    arrays = (x, x_scale, packed, scale, jnp.asarray(layer, jnp.int32))
+        bias = None if bias is None else bias[None]
+    arrays = (x, x_scale, packed, scale, jnp.asarray(layer, jnp.int32), bias)
+
+    def then_bias(product):
+        """For what multiplies only."""
+
+        def run(x, x_scale, packed, scale, layer, bias):
+            if bias is None:
+                return product(x, x_scale, packed, scale, layer, out_dtype=out_dtype)
+            own = jax.lax.dynamic_index_in_dim(bias, layer, keepdims=False).astype(jnp.float32)
+            out = product(x, x_scale, packed, scale, layer, out_dtype=jnp.float32)
+            return as_stored(out + own, out_dtype).astype(out_dtype)
+
+        return run
+
+    reference = then_bias(_reference)
     if name == "xla":
         return reference(*arrays)
     if name == "mosaic_gpu":
-        from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic as kernel
+        from pallas_kernels.int4_matmul.mosaic_gpu import int4_matmul_mosaic
+
+        kernel = functools.partial(int4_matmul_mosaic, out_dtype=out_dtype)
     elif name == "pallas_tpu":
-        from pallas_kernels.int4_matmul.pallas_tpu import int4_matmul_tpu as kernel
+        from pallas_kernels.int4_matmul.pallas_tpu import int4_matmul_tpu
+
+        kernel = then_bias(int4_matmul_tpu)
     else:
-        from pallas_kernels.int4_matmul.pallas_triton import int4_matmul_dot as kernel
+        from pallas_kernels.int4_matmul.pallas_triton import int4_matmul_dot
+
+        kernel = then_bias(int4_matmul_dot)
     if impl != AUTO:
-        return kernel(*arrays, out_dtype=out_dtype)
+        return kernel(*arrays)
     platform = "tpu" if name == "pallas_tpu" else "cuda"
-    return on_platform(platform, lambda *a: kernel(*a, out_dtype=out_dtype), reference)(*arrays)
+    return on_platform(platform, kernel, reference)(*arrays)
+
+
+def _reference(x, x_scale, packed, scale, layer, *, out_dtype):
+    product = rounded(int4_matmul_reference(x, x_scale[: x.shape[0]], packed, scale, layer))
+    return as_stored(product, out_dtype).astype(out_dtype)
 
 
 def automatic(rows: int, outputs: int, inputs: int) -> str:

@@ -75,7 +75,7 @@ def int4_matmul_tpu(
         layer.reshape(1),
         even,
         odd,
-        x_scale.astype(jnp.float32)[:, None],
+        x_scale[:rows].astype(jnp.float32)[:, None],
         packed,
         scale.astype(jnp.float32)[:, None],
     )

@@ -15,9 +15,6 @@ from pallas_kernels.transform_quantize.reference import (
 )
 
 IMPLEMENTATIONS = ("pallas_triton", "xla")
-DECODE_ROWS = 64
-"""Up to so many rows "auto" takes the kernel: it was measured beside XLA inside decoder layers of
-one row (``measured/decode_kernels.md``), at the thousands of rows of a prefill only alone."""
 
 
 def transform_quantize(
@@ -69,7 +66,7 @@ def transform_quantize(
     name = resolve(
         "transform_quantize",
         impl,
-        automatic(x.shape[0], inputs, heads),
+        automatic(inputs, heads),
         IMPLEMENTATIONS,
         refusals(inputs, heads),
     )
@@ -95,11 +92,9 @@ def transform_quantize(
     return kernel(*arrays) if impl != AUTO else on_platform("cuda", kernel, reference)(*arrays)
 
 
-def automatic(rows: int, inputs: int, left: int = 1) -> str:
-    """The kernel for the few rows of a decode step, where it can run; ``left``: the first
-    factor."""
-    can = rows <= DECODE_ROWS and "pallas_triton" not in refusals(inputs, left)
-    return "pallas_triton" if can else "xla"
+def automatic(inputs: int, left: int = 1) -> str:
+    """The kernel, where it can run; ``left``: the first factor."""
+    return "xla" if "pallas_triton" in refusals(inputs, left) else "pallas_triton"
 
 
 def refusals(inputs: int, left: int = 1) -> dict[str, str]:

@@ -31,6 +31,11 @@ ROUND, ROUND_BITS = 12582912.0, 0x4B400000
 the low bits of the sum."""
 
 
+WHOLE = 256
+"""Scales have space for whole tiles of rows, the largest of ``int4_matmul.mosaic_gpu``: it would
+need a launch of its own to make room for them. What stands there beyond the rows is undefined."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Rows of one program, and its warps."""
@@ -104,7 +109,7 @@ def transform_quantize_triton(
     )
     outputs = [
         jax.ShapeDtypeStruct((total, inputs), jnp.int8),
-        jax.ShapeDtypeStruct((total,), jnp.float32),
+        jax.ShapeDtypeStruct((-(-total // WHOLE) * WHOLE,), jnp.float32),
     ]
     if added is not None:
         outputs.append(jax.ShapeDtypeStruct((total, inputs), x.dtype))

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.stable import fixed_order_sum, rounded
+from pallas_kernels.stable import as_stored, fixed_order_sum, rounded, summed
+from pallas_kernels.stable import gated as silu_gated
 
 TINY = 1e-8
 
@@ -19,11 +20,12 @@ TINY = 1e-8
 class Quantized(NamedTuple):
     """Integer values (int8) and the scale of each row (float32): ``x ~ codes * scale``.
 
+    scale: may be longer, with undefined values beyond the rows (``int4_matmul`` takes both).
     states: the residual sum, where there was something to add.
     """
 
     codes: Int[Array, "M K"]
-    scale: Float[Array, " M"]
+    scale: Float[Array, " P"]
     states: Float[Array, "M K"] | None
 
 
@@ -46,11 +48,10 @@ def transform_quantize_reference(
     gated: bool,
 ) -> Quantized:
     """See ``pallas_kernels.transform_quantize.transform_quantize``; ``sites`` of one layer."""
-    states = None if added is None else x + added
+    states = None if added is None else summed(x, added)
     x = x if states is None else states
     if gated:
-        gate, up = jnp.split(x, 2, axis=-1)
-        x = rounded(jax.nn.silu(gate)) * up
+        x = silu_gated(*jnp.split(x, 2, axis=-1))
     if sites.norm is not None:
         x = _rms_norm(x, sites.norm, eps)
     if sites.left is not None:
@@ -70,7 +71,7 @@ def _rms_norm(x: Float[Array, "M K"], weight: Float[Array, " K"], eps: float) ->
     y = rounded(x.astype(jnp.float32))
     power = rounded(fixed_order_sum(rounded(jnp.square(y)))[:, None] / y.shape[-1])
     y = rounded(y * rounded(jax.lax.rsqrt(power + eps)))
-    return rounded(y * weight.astype(jnp.float32)).astype(x.dtype)
+    return as_stored(y * weight.astype(jnp.float32), x.dtype).astype(x.dtype)
 
 
 def _kronecker(x: Float[Array, "M K"], left: Array, right: Array | None) -> Float[Array, "M K"]:

@@ -66,10 +66,13 @@ class VisionTower(nnx.Module):
         heads = fixed_order_sum(k.astype(jnp.float32).transpose(0, 1, 3, 2))
         return fixed_order_sum(weights), rounded(heads / k.shape[2])
 
-    def layer(self, x: Float[Array, "P V D"], index: Array) -> Float[Array, "P V D"]:
+    def layer(
+        self, x: Float[Array, "P V D"], index: Array, tokens: int | None = None
+    ) -> Float[Array, "P V D"]:
+        """One layer; ``tokens``: how many of the V rows are real (None: all)."""
         layers = self.layers
         q, k, v = layers.attn.project(layers.norm1(x, index), index)
-        lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
+        lengths = jnp.full((x.shape[0],), tokens or x.shape[1], jnp.int32)
         heads = sequence_attention(
             q, k, v, lengths, sm_scale=self.config.head_dim**-0.5, causal=False
         )
@@ -82,8 +85,14 @@ class VisionTower(nnx.Module):
         """Hidden states ``states`` (0 is the embedding), concatenated along the features."""
         x = self.embed(pixels)
         found = {0: x}
-        done = 0
+        tokens, done = x.shape[1], 0
+        # Matmul kernels take rows by eight: made so once, not before each of them.
+        x = jnp.pad(x, [(0, 0), (0, -tokens % 8), (0, 0)])
+
+        def layer(x, index):
+            return self.layer(x, index, tokens), None
+
         for state in sorted(set(states) - {0}):
-            x, _ = jax.lax.scan(lambda x, i: (self.layer(x, i), None), x, jnp.arange(done, state))
-            found[state], done = x, state
+            x, _ = jax.lax.scan(layer, x, jnp.arange(done, state))
+            found[state], done = x[:, :tokens], state
         return jnp.concatenate([found[state] for state in states], axis=-1)

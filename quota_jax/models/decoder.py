@@ -7,6 +7,7 @@ picks its layer from the whole stack. A pruning stage is a gather between two se
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,8 +17,10 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.attention import sequence_attention
+from pallas_kernels.stable import summed
 from quota_jax.config import TextConfig
 from quota_jax.kv_cache import CacheGroup, grow, round_up, with_room
+from quota_jax.models import fused_layers
 from quota_jax.models.build import attention, mlp, module_bits, norm, tree
 from quota_jax.models.fused_decode import obstacle, run_layers
 from quota_jax.nn.attention_cache import Angles, CacheQuantizer, Stored
@@ -120,12 +123,42 @@ class Decoder(nnx.Module):
         if start >= stop:
             return x, start
 
-        def layer(x, index):
-            return self.layer(x, sequence, index)
-
-        x, stored = jax.lax.scan(layer, x, jnp.arange(start, stop, dtype=jnp.int32))
+        fused = fused_layers.obstacle(self.layers) is None
+        if fused:
+            angles = rotary_angles(self.config, sequence.positions)
+            layer = functools.partial(self._fused_layer, sequence, angles)
+        else:
+            layer = functools.partial(self._plain_layer, sequence)
+        states = x.reshape(-1, x.shape[-1]) if fused else x
+        # A layer's last sum is left to the next one: see ``_run_layers``.
+        (states, added), stored = jax.lax.scan(
+            layer,
+            (states, jnp.zeros_like(states)),
+            jnp.arange(start, stop, dtype=jnp.int32),
+        )
         caches.append(LayerCache(stored, sequence, sequence.positions))
-        return x, stop
+        return summed(states, added).reshape(x.shape), stop
+
+    def _plain_layer(self, sequence: Sequence, carry: tuple[Array, Array], at: Array):
+        """``layer`` of states to which something is still to be added, and what it adds itself."""
+        x = summed(*carry)
+        inner = self.project(x, sequence, at)
+        x = self._attend(x, sequence, at, inner)
+        return (x, self.layers.mlp(self.layers.norm2(x, at), at)), inner.stored
+
+    def _fused_layer(
+        self, sequence: Sequence, angles: Angles, carry: tuple[Array, Array], at: Array
+    ):
+        """``_plain_layer`` in few launches; states and what is added are rows ``[B S, D]``."""
+        layers, (states, added) = self.layers, carry
+        states, rows = fused_layers.attention_input(layers, states, added, at)
+        joined = layers.attn.qkv.multiply(rows, at, states.dtype)
+        heads = layers.attn.heads(joined.reshape(*sequence.source.shape, -1))
+        query, key, value, stored = layers.cache(heads, angles, at, states.dtype)
+        found = sequence_attention(query, key, value, sequence.lengths, sm_scale=self._sm_scale)
+        found = found.astype(states.dtype).reshape(states.shape[0], -1)
+        added = fused_layers.attention_output(layers, found, at)
+        return fused_layers.feed_forward(layers, states, added, at), stored
 
     def layer(self, x: Float[Array, "B S D"], sequence: Sequence, index: Array):
         """One layer on all its tokens: the new states, and what its cache stores."""
@@ -145,10 +178,10 @@ class Decoder(nnx.Module):
         heads = sequence_attention(
             inner.query, inner.key, inner.value, sequence.lengths, sm_scale=self._sm_scale
         )
-        return x + self.layers.attn.output(heads.astype(x.dtype), layer)
+        return summed(x, self.layers.attn.output(heads.astype(x.dtype), layer))
 
     def _feed_forward(self, x, layer: Array):
-        return x + self.layers.mlp(self.layers.norm2(x, layer), layer)
+        return summed(x, self.layers.mlp(self.layers.norm2(x, layer), layer))
 
     @property
     def _sm_scale(self) -> float:
@@ -237,7 +270,7 @@ class Decoder(nnx.Module):
 
         def layer(carry, index):
             x, added, key, value = carry
-            x = x + added
+            x = summed(x, added)
             here = dataclasses.replace(group, key=key, value=value)
             at = first + index
             heads = self.layers.attn.project(self.layers.norm1(x, at), at)
@@ -245,7 +278,7 @@ class Decoder(nnx.Module):
             here = here.append(index, *new.stored)
             channels = cache.reading(at, cached)
             heads = here.attend(index, new.query, lengths, self._sm_scale, channels)
-            x = x + self.layers.attn.output(heads.astype(x.dtype), at)
+            x = summed(x, self.layers.attn.output(heads.astype(x.dtype), at))
             added = self.layers.mlp(self.layers.norm2(x, at), at)
             return (x, added, here.key, here.value), None
 
@@ -253,7 +286,7 @@ class Decoder(nnx.Module):
         (x, added, key, value), _ = jax.lax.scan(
             layer, start, jnp.arange(group.num_layers, dtype=jnp.int32)
         )
-        return x + added, (key, value)
+        return summed(x, added), (key, value)
 
 
 def cache_groups(

@@ -23,9 +23,15 @@ class Attention(nnx.Module):
         self, x: Float[Array, "*rows D"], layer: Array | int | None
     ) -> tuple[Float[Array, "*rows N H"], Float[Array, "*rows K H"], Float[Array, "*rows K H"]]:
         """Queries, keys and values by head, before rotation."""
-        rows = x.shape[:-1]
+        return self.heads(self.qkv(x, layer))
+
+    def heads(
+        self, joined: Float[Array, "*rows W"]
+    ) -> tuple[Float[Array, "*rows N H"], Float[Array, "*rows K H"], Float[Array, "*rows K H"]]:
+        """The parts of the joined projection by head."""
+        rows = joined.shape[:-1]
         q_size, kv_size = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        q, k, v = jnp.split(self.qkv(x, layer), (q_size, q_size + kv_size), axis=-1)
+        q, k, v = jnp.split(joined, (q_size, q_size + kv_size), axis=-1)
         return (
             q.reshape(*rows, self.num_heads, self.head_dim),
             k.reshape(*rows, self.num_kv_heads, self.head_dim),

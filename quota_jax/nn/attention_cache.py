@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.packing import pack_int4
 from pallas_kernels.stable import rounded
 from quota_jax.errors import QuotaError
-from quota_jax.kv_cache import ChannelKeys, decode, decode_channels, encode
+from quota_jax.kv_cache import ChannelKeys, decode_channels, encode
 from quota_jax.nn.linear import matmul, take
 from quota_jax.nn.rope import rotate
 from quota_jax.quant.cache_quantizers import (
@@ -90,8 +90,7 @@ class CacheQuantizer(nnx.Module):
         query, key, value = heads
         clips = take(self.clip, layer) if self._clips else (None, None)
         query = self._transformed(rotate(query, *angles), "query_transform", layer)
-        values = encode(value, self.bits, dtype, clips[1])
-        read = decode(values, self.bits)
+        values, read = encode(value, self.bits, dtype, clips[1])
         value = value if self.bits == 16 else smooth_tokens(value, self.bits, clips[1])
         if self.by_channel:
             grid = self.grid(layer)
@@ -101,9 +100,9 @@ class CacheQuantizer(nnx.Module):
             key = rotate(pass_through(smooth_channels(key, grid, self.bits), found), *angles)
         else:
             key = self._transformed(rotate(key, *angles), "key_transform", layer)
-            keys = encode(key, self.bits, dtype, clips[0])
+            keys, key_read = encode(key, self.bits, dtype, clips[0])
             smooth = key if self.bits == 16 else smooth_tokens(key, self.bits, clips[0])
-            key = pass_through(smooth, decode(keys, self.bits))
+            key = pass_through(smooth, key_read)
         return Cached(query, key, pass_through(value, read), (keys, values))
 
     def grid(self, layer: Array) -> tuple[Float[Array, "K H"], Float[Array, "K H"]]:

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float
 from pallas_kernels.int4_matmul import int4_matmul, integer_matmul
 from pallas_kernels.packing import unpack_int4, unpack_uint4
 from pallas_kernels.stable import rounded
+from pallas_kernels.transform_quantize import Quantized, transform_quantize
 from quota_jax.quant.groups import Groups
 from quota_jax.quant.quantizers import quantize_activation
 from quota_jax.quant.straight_through import (
@@ -24,6 +25,9 @@ from quota_jax.quant.straight_through import (
     simulated_product,
     simulated_weight,
 )
+
+SITES = ("left", "right", "clip")
+"""Parameters of a linear's input quantizer."""
 
 Observer = Callable[["Linear", Array], None]
 _observer: ContextVar[Observer | None] = ContextVar("observer", default=None)
@@ -138,12 +142,49 @@ class Linear(nnx.Module):
         rows = x.reshape(-1, x.shape[-1])
         if (observer := _observer.get()) is not None:
             observer(self, rows)
-        # Without a bias to add the kernel writes the residual stream's dtype itself.
-        wide = jnp.float32 if "bias" in self.names else x.dtype
-        out = rounded(self._product(self.transformed(rows, layer), layer, wide))
-        if "bias" in self.names:
-            out = out + take(self.bias, layer).astype(jnp.float32)
+        if self.obstacle is None:
+            out = self.multiply(self.quantize(rows, layer), layer, x.dtype)
+        else:
+            out = rounded(self._product(self.transformed(rows, layer), layer))
+            if "bias" in self.names:
+                out = out + take(self.bias, layer).astype(jnp.float32)
         return out.astype(x.dtype).reshape(*x.shape[:-1], out.shape[-1])
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why ``quantize`` and ``multiply`` cannot run; None if they can."""
+        if "packed" not in self.names:
+            return "weights are not packed"
+        if self.activation_bits == 16:
+            return "activations are not quantized"
+        if self.groups is not None:
+            return "weights have group scales"
+        if "input_scale" in self.names:
+            return "inputs are multiplied by a scale of each channel"
+        return None
+
+    def quantize(
+        self, x: Float[Array, "M width"], layer: Array | int | None, **before: Any
+    ) -> Quantized:
+        """The integers that ``multiply`` takes, of the input in its transformed basis; ``before``:
+        see ``transform_quantize`` (a sum, a norm or a gate in the same launch)."""
+        given = {name: getattr(self, name)[...] for name in SITES if name in self.names}
+        return transform_quantize(x, layer, bits=self.activation_bits, **given, **before)
+
+    def multiply(
+        self, rows: Quantized, layer: Array | int | None, dtype: Any, *, biased: bool = True
+    ) -> Float[Array, "M N"]:
+        """The product of quantized rows in ``dtype``, in float32 if a bias is left out."""
+        has_bias = "bias" in self.names
+        return int4_matmul(
+            rows.codes,
+            rows.scale,
+            self.packed[...],
+            self.scale[...],
+            layer,
+            bias=self.bias[...] if has_bias and biased else None,
+            out_dtype=jnp.float32 if has_bias and not biased else dtype,
+        )
 
     def transformed(self, x: Float[Array, "M K"], layer: Array | int | None) -> Array:
         """The input in the basis in which it is quantized."""
@@ -159,7 +200,7 @@ class Linear(nnx.Module):
         """The learned clipping of the input's quantizer, if there is one."""
         return take(self.clip, layer) if "clip" in self.names else None
 
-    def _product(self, x: Float[Array, "M K"], layer, wide) -> Float[Array, "M N"]:
+    def _product(self, x: Float[Array, "M K"], layer) -> Float[Array, "M N"]:
         if self.weight_bits == 16:
             return matmul(x, take(self.weight, layer).astype(x.dtype))
         if self.groups is not None:
@@ -172,10 +213,6 @@ class Linear(nnx.Module):
             bits = self.weight_bits, self.activation_bits
             return simulated_product(x, take(self.weight, layer), clip, *bits, self._step(layer))
         values, row_scale = quantize_activation(x, self.activation_bits, clip)
-        if "packed" in self.names:
-            return int4_matmul(
-                values, row_scale, self.packed[...], self.scale[...], layer, out_dtype=wide
-            )
         return integer_matmul(values, row_scale, *self._integers(layer))
 
     def _dequantized(self, groups: Groups, layer) -> Float[Array, "N K"]:

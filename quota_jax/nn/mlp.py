@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.stable import rounded
+from pallas_kernels.stable import gated, rounded
 from quota_jax.nn.linear import Linear
 
 
@@ -41,5 +41,7 @@ class Mlp(nnx.Module):
         act = activation(self.hidden_act)
         if self.gated:
             gate, up = jnp.split(self.gate_up(x, layer), 2, axis=-1)
+            if self.hidden_act == "silu":
+                return self.down(gated(gate, up), layer)
             return self.down(rounded(act(gate)) * up, layer)
         return self.down(rounded(act(self.up(x, layer))), layer)

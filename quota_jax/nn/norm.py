@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.stable import fixed_order_sum, rounded
+from pallas_kernels.stable import as_stored, fixed_order_sum, rounded
 from quota_jax.nn.linear import take
 
 
@@ -41,4 +41,4 @@ class Norm(nnx.Module):
         y = rounded(y * take(self.scale, layer).astype(jnp.float32))
         if self.centred:
             y = y + take(self.bias, layer).astype(jnp.float32)
-        return y.astype(x.dtype)
+        return as_stored(y, x.dtype).astype(x.dtype)

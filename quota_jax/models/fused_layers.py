@@ -1,0 +1,64 @@
+"""Packed 4-bit decoder layers in few launches: what prefill and decoding share.
+
+Whatever stands between two matmuls (residual sum, norm, gate, transform, quantization) is one
+launch, ``transform_quantize``. A sublayer's output is added to the residual stream by the launch
+that reads it next, so states travel as a pair: ``states`` and what is still to be ``added``.
+
+It computes what the modules of the layers compute one by one, with the same roundings in the same
+order: on a CPU bit by bit, with any kernel as near as the kernel is to its reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxtyping import Array, Float
+
+from pallas_kernels.transform_quantize import Quantized
+from quota_jax.nn.linear import Linear
+from quota_jax.nn.norm import Norm
+
+
+def obstacle(layers: Any) -> str | None:
+    """Why a stack of decoder layers cannot run here; None if it can.
+
+    It needs packed 4-bit weights with one scale for each output channel, 4- or 8-bit activations,
+    RMSNorm, and a SiLU gate.
+    """
+    if layers.norm1.centred or layers.norm2.centred:
+        return "the norms are no RMSNorm"
+    if not layers.mlp.gated or layers.mlp.hidden_act != "silu":
+        return "the feed-forward block is not gated by SiLU"
+    for linear in (layers.attn.qkv, layers.attn.o, layers.mlp.gate_up, layers.mlp.down):
+        if (reason := linear.obstacle) is not None:
+            return reason
+    return None
+
+
+def attention_input(
+    layers: Any, states: Float[Array, "M D"], added: Float[Array, "M D"], at: Array
+) -> tuple[Array, Quantized]:
+    """The states with what was to be added, and the integers of the q/k/v projection."""
+    rows = _normed(layers.attn.qkv, layers.norm1, states, added, at)
+    return rows.states, rows
+
+
+def attention_output(layers: Any, heads: Float[Array, "M K"], at: Array) -> Float[Array, "M D"]:
+    """What attention adds to the states."""
+    out = layers.attn.o
+    return out.multiply(out.quantize(heads, at), at, heads.dtype)
+
+
+def feed_forward(
+    layers: Any, states: Float[Array, "M D"], added: Float[Array, "M D"], at: Array
+) -> tuple[Array, Array]:
+    """The states with what attention added, and what the feed-forward block adds to them."""
+    expand, down = layers.mlp.gate_up, layers.mlp.down
+    rows = _normed(expand, layers.norm2, states, added, at)
+    hidden = expand.multiply(rows, at, states.dtype)
+    rows_down = down.quantize(hidden, at, gated=True)
+    return rows.states, down.multiply(rows_down, at, states.dtype)
+
+
+def _normed(linear: Linear, norm: Norm, states: Array, added: Array, at: Array) -> Any:
+    return linear.quantize(states, at, added=added, norm=norm.scale[...], eps=norm.eps)

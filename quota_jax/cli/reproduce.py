@@ -14,6 +14,7 @@ import tyro
 from quota_jax.errors import QuotaError
 
 if TYPE_CHECKING:
+    from quota_jax.reproduce.earlier import Earlier
     from quota_jax.reproduce.pareto import BenchFile
     from quota_jax.reproduce.study import Study
     from quota_jax.reproduce.tables import Plan, Table
@@ -71,6 +72,9 @@ class Reproduce:
     jobs: int = 1
     """Processes that share the work on this machine. Rows of table7 are measured one at a time,
     after all other work."""
+    extend: Path | None = None
+    """Folder with an earlier NAME.json of each table: rows that stand there are not run again but
+    kept, and marked. What all rows are compared with is run again. Not for table7 and pareto."""
     bench: Path | None = None
     """pareto: the file that quota-jax bench --json wrote, of a preset of the same family."""
     variant: Literal[
@@ -90,6 +94,7 @@ class Reproduce:
 
     def run(self) -> int:
         from quota_jax.figures.canvas import check_plots
+        from quota_jax.reproduce.earlier import rows_to_run
         from quota_jax.reproduce.tables import make_table
         from quota_jax.reproduce.work import begin_study, plan_of
 
@@ -108,11 +113,12 @@ class Reproduce:
         tables = [make_table(name, plan) for name in names if name not in FIGURES]
         # Nothing else may run on the device while power is measured.
         tables.sort(key=lambda table: table.rows[0].measured)
+        found = [self._earlier(study, table) for table in tables]
         shared = [table.name for table in tables if not table.rows[0].measured]
         if shared:
             self._work(shared)
-        for table in tables:
-            study.run(table.rows)
+        for table, earlier in zip(tables, found, strict=True):
+            study.run(rows_to_run(table, earlier))
             for file in self._write(study, table, bench):
                 print(f"wrote {file}")
         for name in names:
@@ -136,6 +142,16 @@ class Reproduce:
             if name in FIGURES and family not in FIGURES[name]:
                 raise QuotaError(f"{name} is a figure of {FIGURES[name][0]}, not of {family}")
         return names
+
+    def _earlier(self, study: Study, table: Table) -> Earlier | None:
+        """What a table goes on from."""
+        from quota_jax.reproduce.earlier import read_earlier
+
+        if self.extend is None:
+            return None
+        if table.name == "pareto" or table.rows[0].measured:
+            raise QuotaError(f"{table.name} is made whole: leave it out, or --extend")
+        return read_earlier(self.extend / f"{table.name}.json", study, table)
 
     def _bench(self, plan: Plan) -> BenchFile | None:
         from quota_jax.reproduce.pareto import read_bench
@@ -197,6 +213,8 @@ class Reproduce:
             return
         command = [sys.executable, "-m", "quota_jax.reproduce.work", str(self.out), *tables]
         command += ["--seeds", *map(str, self.seeds)]
+        if self.extend is not None:
+            command += ["--extend", str(self.extend)]
         workers = [subprocess.Popen(command) for _ in range(self.jobs)]
         if any([worker.wait() for worker in workers]):
             raise QuotaError("a process of the study failed; its message is above")
@@ -211,14 +229,13 @@ class Reproduce:
         if table.name == "pareto":
             assert bench is not None
             return write_pareto(study, table, bench, folder, provenance=provenance)
-        write = write_deployment if table.rows[0].measured else write_table
         paper = PAPER.get(table.name)
-        return write(
-            study,
-            table,
-            folder,
-            provenance=provenance,
-            paper=paper.markdown() if paper else (),
+        lines = paper.markdown() if paper else ()
+        if table.rows[0].measured:
+            return write_deployment(study, table, folder, provenance=provenance, paper=lines)
+        earlier = None if self.extend is None else self.extend / f"{table.name}.json"
+        return write_table(
+            study, table, folder, provenance=provenance, paper=lines, earlier=earlier
         )
 
     def _provenance(self, study: Study, what: str) -> dict[str, object]:
@@ -247,6 +264,8 @@ class Reproduce:
                 parts.append(f"--{name.replace('_', '-')} {value}")
         if self.seeds != (0,):
             parts.append(f"--seeds {' '.join(map(str, self.seeds))}")
+        if self.extend is not None and what not in FIGURES:
+            parts.append("--extend EARLIER")
         if what == "pareto":
             parts.append("--bench BENCH")
         if what == "fig4":

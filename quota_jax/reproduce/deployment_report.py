@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from quota_jax.reproduce.collect import as_run, collect
 from quota_jax.reproduce.deployment import MIN_SECONDS, read_deployment
 from quota_jax.reproduce.power import INTERVAL
-from quota_jax.reproduce.report import as_run, collect, store
+from quota_jax.reproduce.report import store
 from quota_jax.reproduce.study import Study
 from quota_jax.reproduce.tables import Table
 

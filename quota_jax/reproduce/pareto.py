@@ -18,7 +18,8 @@ from quota_jax.errors import QuotaError
 from quota_jax.figures.canvas import check_plots
 from quota_jax.figures.pareto_plot import Mark, Panel, draw_pareto
 from quota_jax.recipe import Recipe
-from quota_jax.reproduce.report import as_run, collect, percent
+from quota_jax.reproduce.collect import as_run, collect
+from quota_jax.reproduce.report import percent
 from quota_jax.reproduce.study import Derived, Row, Study
 from quota_jax.reproduce.tables import Table
 

@@ -6,59 +6,16 @@ import dataclasses
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from quota_jax.checkpoint.format import encode_json, write_file
 from quota_jax.errors import QuotaError
-from quota_jax.evaluate.compare import Interval
-from quota_jax.evaluate.summary import Summary
-from quota_jax.reproduce.study import Row, Study
+from quota_jax.reproduce.collect import as_run, collect, collect_pairs, headlines
+from quota_jax.reproduce.credits import digest_questions
+from quota_jax.reproduce.earlier import DIGEST, OWN, baseline_notes, read_earlier
+from quota_jax.reproduce.study import Study
 from quota_jax.reproduce.tables import Table
-
-
-def as_run(study: Study, table: Table) -> Table:
-    """The rows and pairs that were run; a note names the others.
-
-    Raises:
-      QuotaError: nothing was run, or not what all rows are compared with.
-    """
-    done = {row.run_name for row in (*table.rows, table.baseline) if study.complete(row)}
-    rows = tuple(row for row in table.rows if row.run_name in done)
-    if not rows or table.baseline.run_name not in done:
-        raise QuotaError(f"{table.name}: no row was run, or not {table.baseline.label!r}")
-    unrun = [row.label for row in table.rows if row.run_name not in done]
-    notes = table.notes
-    if unrun:
-        notes += (f"{len(unrun)} of {len(table.rows)} rows not run: {'; '.join(unrun)}",)
-    pairs = tuple(pair for pair in table.pairs if {row.run_name for row in pair} <= done)
-    return dataclasses.replace(table, rows=rows, pairs=pairs, notes=notes)
-
-
-def collect(study: Study, table: Table) -> list[dict[str, Any]]:
-    """One entry for each row: label, facts, scores in the tasks' own units, mean retention and
-    retention above chance of the row's run against the baseline's, as fractions with 95 %
-    intervals."""
-    entries = []
-    for row in table.rows:
-        baseline = None if row.run_name == table.baseline.run_name else table.baseline
-        summary = study.summary(row, baseline)
-        entries.append(_entry(row, summary))
-    return entries
-
-
-def _entry(row: Row, summary: Summary) -> dict[str, Any]:
-    def interval(found: Interval | None) -> dict[str, Any] | None:
-        return None if found is None else dataclasses.asdict(found)
-
-    return {
-        "label": row.label,
-        "run": row.run_name,
-        "facts": dict(row.facts),
-        "scores": {name: task.score.value for name, task in summary.tasks.items()},
-        "questions": {name: task.instances for name, task in summary.tasks.items()},
-        "retention": interval(summary.retention),
-        "corrected": interval(summary.corrected),
-    }
 
 
 def for_card(
@@ -66,6 +23,8 @@ def for_card(
 ) -> dict[str, Any]:
     """The scores as a table of a model card (`testbed.learning.card`)."""
     told = ", ".join(f"{name} {value}" for name, value in provenance.items())
+    if kept := _kept(entries):
+        told += f". Measured earlier: {', '.join(kept)}"
     counts = ", ".join(f"{name} {count}" for name, count in entries[0]["questions"].items())
     return {
         "title": table.title,
@@ -82,16 +41,37 @@ def write_table(
     *,
     provenance: Mapping[str, Any],
     paper: Sequence[str] = (),
+    earlier: Path | None = None,
 ) -> tuple[Path, ...]:
     """Writes NAME.json and NAME.md into ``folder``, and NAME.card.json for a model card.
 
     provenance: command, machine, versions: stored, and told under the table. paper: Markdown lines
-    with the paper's own figures.
+    with the paper's own figures. earlier: a NAME.json to go on from, which may be the one that is
+    written: its rows that were not run in this study are kept and marked, and what it told of them
+    is told too where ``provenance`` says otherwise.
+
+    Raises:
+      QuotaError: nothing was run; the earlier table does not fit (`earlier.read_earlier`,
+        `Earlier.check_baseline`); or ``provenance`` has a name that the file needs itself.
     """
-    table = as_run(study, table)
-    entries, pairs = collect(study, table), collect_pairs(study, table)
-    text = markdown(table, entries, provenance, paper, pairs)
-    files = store(folder, table, {**provenance, "pairs": pairs}, entries, text)
+    if taken := set(provenance) & set(OWN):
+        raise QuotaError(f"{table.name}: provenance cannot hold {sorted(taken)[0]!r}")
+    then = None if earlier is None else read_earlier(earlier, study, table)
+    table = as_run(study, table, then)
+    now = headlines(study.scores(table.baseline))
+    if then is not None:
+        then.check_baseline(table.baseline.label, now)
+    entries = collect(study, table, then)
+    pairs, lost = collect_pairs(study, table, then)
+    if lost:
+        note = f"{len(lost)} pairs, of rows without credits: {'; '.join(lost)}"
+        table = dataclasses.replace(table, notes=(*table.notes, note))
+    told: dict[str, Any] = {DIGEST: digest_questions(study.questions), "pairs": pairs}
+    if then is not None and _kept(entries):
+        told["notes"] = baseline_notes(table.baseline.label, now, entries, then)
+        told["earlier"] = then.told_beside(provenance)
+    text = markdown(table, entries, provenance, paper, told)
+    files = store(folder, table, {**provenance, **told}, entries, text)
     card = folder / f"{table.name}.card.json"
     write_file(card, encode_json(for_card(table, entries, provenance), str(card)))
     return (*files, card)
@@ -119,9 +99,9 @@ def markdown(
     entries: Sequence[Mapping[str, Any]],
     provenance: Mapping[str, Any],
     paper: Sequence[str] = (),
-    pairs: Sequence[Mapping[str, Any]] = (),
+    told: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
-    """The table for readers."""
+    """The table for readers. told: "pairs", "notes" and "earlier" as NAME.json has them."""
     tasks = list(entries[0]["scores"])
     facts = list(dict.fromkeys(name for entry in entries for name in entry["facts"]))
     header = ["", *facts, *tasks, "retention", "above chance"]
@@ -130,7 +110,7 @@ def markdown(
         lines.append(
             _line(
                 [
-                    entry["label"],
+                    _label(entry),
                     *(entry["facts"].get(name, "") for name in facts),
                     *(f"{entry['scores'][name]:.1f}" for name in tasks),
                     percent(entry["retention"]),
@@ -146,21 +126,20 @@ def markdown(
         f"over questions. Questions: {counts}.",
         "",
         *_means(entries),
-        *_pairs(pairs),
+        *_pairs(told.get("pairs", ())),
+        *(["Rows with * were measured earlier.", ""] if _kept(entries) else []),
         *(f"- {name}: {value}" for name, value in provenance.items()),
+        *(
+            f"- of earlier rows, {name}: {value}"
+            for part in told.get("earlier", ())
+            for name, value in part.items()
+        ),
+        *(f"- {note}" for note in told.get("notes", ())),
         *(f"- left out: {note}" for note in table.notes),
         *(["", *paper] if paper else []),
         "",
     ]
     return "\n".join(lines)
-
-
-def collect_pairs(study: Study, table: Table) -> list[dict[str, Any]]:
-    """Retention of rows against other rows than the table's baseline."""
-    return [
-        {"baseline": other.label, **_entry(row, study.summary(row, other))}
-        for row, other in table.pairs
-    ]
 
 
 SEED = re.compile(r" \(seed \d+\)$")
@@ -189,7 +168,7 @@ def _pairs(pairs: Sequence[Mapping[str, Any]]) -> list[str]:
         return []
     lines = ["## In pairs", "", _line(["", "against", "retention"]), _line(["---", "---", "---:"])]
     for pair in pairs:
-        lines.append(_line([pair["label"], pair["baseline"], percent(pair["retention"])]))
+        lines.append(_line([_label(pair), pair["baseline"], percent(pair["retention"])]))
     return [*lines, ""]
 
 
@@ -201,6 +180,15 @@ def percent(interval: Mapping[str, Any] | None) -> str:
     if interval["low"] is None or interval["high"] is None:
         return value
     return f"{value} [{100 * interval['low']:.1f}, {100 * interval['high']:.1f}]"
+
+
+def _label(entry: Mapping[str, Any]) -> str:
+    return f"{entry['label']} *" if "earlier" in entry else entry["label"]
+
+
+def _kept(entries: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Labels of rows that an earlier study measured."""
+    return [entry["label"] for entry in entries if "earlier" in entry]
 
 
 def _line(cells: Sequence[str]) -> str:

@@ -26,8 +26,7 @@ from quota_jax.errors import QuotaError
 from quota_jax.evaluate.folder import PREDICTIONS, read_answers
 from quota_jax.evaluate.pictures import GrayPicture
 from quota_jax.evaluate.runner import Evaluation
-from quota_jax.evaluate.summary import Summary, summarize
-from quota_jax.evaluate.task import Instance, Task
+from quota_jax.evaluate.task import Instance, Scores, Task
 from quota_jax.evaluate.tasks import TASKS
 from quota_jax.pipeline import PipelineOptions, derived_recipe, selector
 from quota_jax.prune.sensitivity import (
@@ -334,20 +333,18 @@ class Study:
                 f"{times.answering:.1f} s, {times.compile:.0f} s of compilation"
             )
 
-    def summary(self, row: Row, baseline: Row | None) -> Summary:
-        """Scores of a finished run, against those of another one."""
+    @property
+    def counts(self) -> dict[str, int]:
+        """How many questions each task asks."""
+        return {name: len(part) for name, part in self.questions.items()}
 
-        def scores(one: Row) -> dict[str, Any]:
-            answers = read_answers(self.folder(one), self.questions)
-            return {
-                task.name: task.score(self.questions[task.name], answers[task.name])
-                for task in self._tasks
-            }
-
-        counts = {name: len(part) for name, part in self.questions.items()}
-        if baseline is None:
-            return summarize(row.label, scores(row), counts)
-        return summarize(row.label, scores(row), counts, scores(baseline), baseline.label)
+    def scores(self, row: Row) -> dict[str, Scores]:
+        """Scores of a finished run."""
+        answers = read_answers(self.folder(row), self.questions)
+        return {
+            task.name: task.score(self.questions[task.name], answers[task.name])
+            for task in self._tasks
+        }
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ from typing import Any
 from quota_jax.checkpoint.format import encode_json, write_file
 from quota_jax.errors import QuotaError
 from quota_jax.quant.calibration_data import read_samples
+from quota_jax.reproduce.earlier import read_earlier, rows_to_run
 from quota_jax.reproduce.study import Study
 from quota_jax.reproduce.tables import Plan, make_table
 
@@ -86,6 +87,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="begin nothing new after this time")
     parser.add_argument("--threads", type=int, default=1, help="rows at a time in this process")
     parser.add_argument("--only", choices=("weights", "runs"), help="what this process does")
+    parser.add_argument(
+        "--extend", type=Path, help="folder of earlier tables, whose rows are not run again"
+    )
     for name in SETTINGS:
         kind = Path if name in SETTINGS[:3] else int
         parser.add_argument(f"--{name.replace('_', '-')}", type=kind, help="of a new study")
@@ -102,7 +106,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             study = begin_study(args.folder, {name: getattr(args, name) for name in SETTINGS})
         plan = plan_of(study, args.seeds)
-        rows = [row for name in args.tables for row in make_table(name, plan).rows]
+        rows = []
+        for table in (make_table(name, plan) for name in args.tables):
+            file = args.extend and args.extend / f"{table.name}.json"
+            rows += rows_to_run(table, read_earlier(file, study, table) if file else None)
         done = study.run(rows, log, until=until, threads=args.threads, only=args.only)
     except QuotaError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,6 +4,7 @@ a GPU that is not there."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -242,3 +243,20 @@ def test_a_layer_of_a_7b_model_lowers_to_eleven_kernels(monkeypatch, preset, met
     fits = "qwen" not in preset or method == "RTN"
     assert mosaic == (0 if batch == 1 else 4)
     assert triton + mosaic == (11 if fits else 10)
+
+
+@newer_jax
+@pytest.mark.parametrize("method", ["RTN", "FlatQuant"])
+def test_a_prefill_at_7b_lowers_to_one_quantization_for_each_matmul(monkeypatch, method):
+    """Tower, projector and decoder, as "auto" chooses on a Hopper GPU; attention is cuDNN's, which
+    is not there to be lowered."""
+    for api in (matmul_api, quantize_api):
+        monkeypatch.setattr(api, "find_gpu", lambda: HOPPER)
+    monkeypatch.setenv("QUOTA_JAX_XLA", "sequence_attention")
+    config = PRESETS["llava_1_5_7b"]
+    model = abstract_model(config, METHODS[method])
+    batch = jax.eval_shape(lambda: example_batch(config, 1, 64))
+    text = lower(functools.partial(qj.prefill, recipe=None), model, batch)
+    triton, mosaic = (text.count(f"custom_call @{name}") for name in TARGETS)
+    # Each loop over layers stands there once; FlatQuant's projector and tower are as the decoder.
+    assert (triton, mosaic) == (10, 10)

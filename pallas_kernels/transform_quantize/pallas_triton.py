@@ -24,16 +24,11 @@ from jax import lax
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.transform_quantize.reference import TINY, Quantized, Sites
+from pallas_kernels.transform_quantize.reference import TINY, Quantized, Sites, whole
 
 ROUND, ROUND_BITS = 12582912.0, 0x4B400000
 """1.5 x 2^23 and its bits: added to a small number, it leaves the nearest integer (ties to even) in
 the low bits of the sum."""
-
-
-WHOLE = 256
-"""Scales have space for whole tiles of rows, the largest of ``int4_matmul.mosaic_gpu``: it would
-need a launch of its own to make room for them. What stands there beyond the rows is undefined."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +104,7 @@ def transform_quantize_triton(
     )
     outputs = [
         jax.ShapeDtypeStruct((total, inputs), jnp.int8),
-        jax.ShapeDtypeStruct((-(-total // WHOLE) * WHOLE,), jnp.float32),
+        jax.ShapeDtypeStruct((whole(total),), jnp.float32),
     ]
     if added is not None:
         outputs.append(jax.ShapeDtypeStruct((total, inputs), x.dtype))

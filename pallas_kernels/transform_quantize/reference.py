@@ -15,12 +15,20 @@ from pallas_kernels.stable import as_stored, fixed_order_sum, rounded, summed
 from pallas_kernels.stable import gated as silu_gated
 
 TINY = 1e-8
+WHOLE = 256
+"""Scales have space for whole tiles of rows, the largest of ``int4_matmul.mosaic_gpu``: making room
+for them there would be a launch of its own before each product."""
+
+
+def whole(rows: int) -> int:
+    """Scales that ``rows`` rows have."""
+    return -(-rows // WHOLE) * WHOLE
 
 
 class Quantized(NamedTuple):
     """Integer values (int8) and the scale of each row (float32): ``x ~ codes * scale``.
 
-    scale: may be longer, with undefined values beyond the rows (``int4_matmul`` takes both).
+    scale: of ``whole(M)`` rows; what stands beyond the M real ones is undefined and not used.
     states: the residual sum, where there was something to add.
     """
 
@@ -64,6 +72,7 @@ def transform_quantize_reference(
         largest = jnp.maximum(x.max(-1) * sites.clip[0], -x.min(-1) * sites.clip[1])
     scale = jnp.maximum(largest, TINY) / limit
     codes = jnp.clip(jnp.round(x / scale[:, None]), -limit - 1, limit)
+    scale = jnp.pad(scale, (0, whole(scale.shape[0]) - scale.shape[0]))
     return Quantized(codes.astype(jnp.int8), scale, states)
 
 

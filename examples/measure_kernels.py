@@ -1,6 +1,7 @@
 """Measures the GPU kernels at the shapes of 7B models, beside XLA and the device's copy bandwidth.
 
     python examples/measure_kernels.py --out pallas_kernels/measured      # one NVIDIA GPU
+    python examples/measure_kernels.py --tiles                            # tiles of the int4 matmul
 
 Times are sums of kernel times (CUPTI), medians, warm, on random data; weights rotate over twelve
 layers so that the L2 cache holds none of them. Every kernel is checked against the reference in the
@@ -104,6 +105,46 @@ def measure_matmul(rows: int, outputs: int, inputs: int, rng) -> dict[str, Any]:
     return found
 
 
+TILES = (
+    (256, 128, 4), (128, 128, 4), (128, 256, 4), (64, 128, 6), (64, 256, 4), (64, 256, 6),
+)  # fmt: skip
+"""Tokens and inputs of a step, and steps loaded ahead."""
+
+
+def measure_tiles(rows: int, outputs: int, inputs: int) -> str:
+    """Microseconds of each tiling of the tensor-core kernel, as a row of a table."""
+    from pallas_kernels.int4_matmul.mosaic_gpu import Tiles, int4_matmul_mosaic
+
+    packed = jax.random.bits(jax.random.key(1), (LAYERS, outputs, inputs // 2), jnp.uint8)
+    scale = jax.random.uniform(jax.random.key(2), (LAYERS, outputs)) + 0.1
+    x = jax.random.randint(jax.random.key(3), (rows, inputs), -7, 8, jnp.int8)
+    x_scale = jax.random.uniform(jax.random.key(4), (rows,)) + 0.1
+    chosen, cells = Tiles.of(rows, outputs, inputs), [str(rows), f"{outputs} x {inputs}"]
+    for tokens, width, steps in TILES:
+        tiles = Tiles(tokens=tokens, inputs=width, steps=steps)
+
+        def call(x, x_scale, packed, scale, layer, tiles=tiles):
+            return int4_matmul_mosaic(
+                x, x_scale, packed, scale, layer, out_dtype=jnp.bfloat16, tiles=tiles
+            )
+
+        us = kernel_us(over_layers(call), x, x_scale, packed, scale) / LAYERS
+        mark = "*" if (chosen.tokens, chosen.inputs) == (tokens, width) else ""
+        cells.append(f"{us:.1f}{mark}")
+    return f"| {' | '.join(cells)} |"
+
+
+def print_tiles() -> None:
+    """Tilings at the sizes of LLaVA-1.5-7B; the kernel's own choice is marked."""
+    print(f"| tokens | weights | {' | '.join('/'.join(map(str, t)) for t in TILES)} |")
+    print("|---" * (2 + len(TILES)) + "|")
+    sizes = [(rows, *WEIGHTS[name]) for rows in (237, 640) for name in list(WEIGHTS)[:4]]
+    sizes += [(577, *pair) for pair in ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096))]
+    sizes += [(rows, *WEIGHTS["gate_up 7B"]) for rows in (1896, 2560)]
+    for size in sizes:
+        print(measure_tiles(*size), flush=True)
+
+
 def measure_kv4(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
     shape = (LAYERS, batch, kv_heads, tokens)
     key = jax.random.key(5)
@@ -146,8 +187,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.md")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop starting shapes after")
+    parser.add_argument("--tiles", action="store_true", help="tilings of the int4 matmul instead")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
+    if options.tiles:
+        return print_tiles()
     started = time.perf_counter()
     rng = np.random.default_rng(0)
     copy = copy_gbs()

@@ -119,15 +119,18 @@ def test_codes_of_the_cache_are_made_with_the_scales_that_are_stored(bits):
 
 @pytest.mark.parametrize("label", ["W8A8", "W8A8KV8", "W4A8KV8", "W4A16"])
 def test_every_bit_width_gives_the_logits_of_the_cpu(tiny, tmp_path, label):
+    """Activations near a rounding boundary may fall to either side, and in a random model that
+    decides which of two tokens is kept: on a CPU alone pixels moved by 1e-5 of their value lower
+    the correlation of the logits to 0.999 unpruned and to 0.992 pruned (W4A8KV8)."""
     _, batch, recipe, source = tiny
     path = calibrate(source, tmp_path / label, QuantizationConfig.parse(label))
-    logits = {}
-    for device in ("cpu", "gpu"):
-        model, moved = on(device, (qj.load(path, dtype="float32").model, batch))
-        with jax.default_device(jax.devices(device)[0]):
-            logits[device] = np.asarray(qj.prefill(model, moved, recipe=recipe)[0]).ravel()
-    # Activations near a rounding boundary may fall to either side.
-    assert np.corrcoef(logits["cpu"], logits["gpu"])[0, 1] > 0.995
+    for given, bound in ((None, 0.995), (recipe, 0.98)):
+        logits = {}
+        for device in ("cpu", "gpu"):
+            model, moved = on(device, (qj.load(path, dtype="float32").model, batch))
+            with jax.default_device(jax.devices(device)[0]):
+                logits[device] = np.asarray(qj.prefill(model, moved, recipe=given)[0]).ravel()
+        assert np.corrcoef(logits["cpu"], logits["gpu"])[0, 1] > bound, given
 
 
 def test_flatquant_learns_on_the_gpu_what_it_learns_on_the_cpu(tiny, tmp_path):

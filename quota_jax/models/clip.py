@@ -86,8 +86,9 @@ class VisionTower(nnx.Module):
         x = self.embed(pixels)
         found = {0: x}
         tokens, done = x.shape[1], 0
-        # Matmul kernels take rows by eight: made so once, not before each of them.
-        x = jnp.pad(x, [(0, 0), (0, -tokens % 8), (0, 0)])
+        if self.layers.attn.qkv.obstacle is None:
+            # Matmul kernels take rows by eight: made so once, not before each of them.
+            x = jnp.pad(x, [(0, 0), (0, -tokens % 8), (0, 0)])
 
         def layer(x, index):
             return self.layer(x, index, tokens), None

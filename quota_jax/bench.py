@@ -16,23 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from quota_jax.batch import Batch
-from quota_jax.bench_device import Compilation, power_of
 from quota_jax.config import LlavaConfig, ModelConfig, QwenVlConfig
-from quota_jax.generation import (
-    DecodeState,
-    _prefill,
-    check_recipe,
-    decode_chunk,
-    prefill,
-    room_for,
-    start,
-)
-from quota_jax.models.params import abstract_params, build_model, flatten_params
+from quota_jax.generation import DecodeState, decode_chunk, prefill, room_for, start
+from quota_jax.models.params import abstract_params, build_model
 from quota_jax.models.vision_language import VisionLanguageModel
 from quota_jax.processing.buckets import Buckets, Shape, assemble
 from quota_jax.processing.pictures import Picture
 from quota_jax.processing.qwen_pictures import QwenPictures
-from quota_jax.prune.presets import candidates
 from quota_jax.quantization import QuantizationConfig
 from quota_jax.recipe import Recipe
 from quota_jax.sampling import Sampling
@@ -44,14 +34,7 @@ class BenchResult:
 
     first_token: pixels on the host to the first token on the host. decode_step: one step for the
     whole batch. peak_bytes: most device memory of the process so far (None where the platform does
-    not tell), so run larger models later. step_bytes: what one decode step has to read, all
-    decoder weights with the head and the filled part of the cache; None is unknown.
-
-    Once each, in seconds: ``load``, making or reading the weights; ``lower`` and ``compile``, of
-    the programs of prefill and decode together, without running them. Programs that an earlier
-    measurement of this process compiled take none; ``from_cache``: one was read from the
-    persistent compilation cache. watts, joules_per_token: of the whole GPU while it decodes; None
-    without NVML.
+    not tell), so run larger models later. compile: first call of prefill and decode, together.
     """
 
     label: str
@@ -65,25 +48,10 @@ class BenchResult:
     cache_bytes: int
     peak_bytes: int | None
     compile: float
-    lower: float | None = None
-    load: float | None = None
-    from_cache: bool = False
-    watts: float | None = None
-    joules_per_token: float | None = None
-    step_bytes: int | None = None
 
     @property
     def tokens_per_second(self) -> float:
         return self.batch_size / self.decode_step
-
-
-def uniform_recipe(config: ModelConfig, keep: float) -> Recipe:
-    """The recipe that is measured: keeps this fraction of the visual tokens after equal drops at
-    the candidate layers; 1 prunes nothing."""
-    depth = config.text.num_layers
-    if keep == 1:
-        return Recipe.none(depth)
-    return Recipe.uniform(num_layers=depth, layers=candidates(config), keep=keep)
 
 
 def random_model(
@@ -175,28 +143,26 @@ def measure(
     text_tokens: int = 64,
     new_tokens: int = 32,
     repeats: int = 5,
-    load: float | None = None,
-    power_seconds: float = 2.0,
 ) -> BenchResult:
-    """Times lowering, compilation, prefill and decoding of one batch.
-
-    load: seconds that the caller took for the model, to stand in the result. power_seconds: how
-    long to decode for the power, where the device tells it; 0 leaves it out.
-    """
-    host = jax.tree.map(np.asarray, example_batch(model.config, batch_size, text_tokens))
+    """Times prefill and decoding of one batch."""
+    batch = example_batch(model.config, batch_size, text_tokens)
+    host = jax.tree.map(np.asarray, batch)
     sampling = Sampling.make(batch_size, max_new=1 << 20)
     room = room_for(new_tokens + 1)
-    compilation = Compilation()
-    state = begin_compiled(compilation, model, jax.device_put(host), recipe, sampling, room)
-    np.asarray(compilation(decode_chunk, model, state, jnp.int32(1))(
-        model, state, jnp.int32(1)
-    ).last)
 
-    def first() -> DecodeState:
+    def first() -> Any:
         logits, cache = prefill(model, jax.device_put(host), recipe=recipe, max_new_tokens=room)
         state = start(logits, cache, sampling, room=room, sampled=False)
         np.asarray(state.last)
         return state
+
+    begun = time.perf_counter()
+    state = first()
+    cache_bytes = sum(group.nbytes for group in state.groups)
+    state = decode_chunk(model, state, jnp.int32(1))
+    np.asarray(state.last)
+    compiled = time.perf_counter() - begun
+    first_token = _median(first, repeats)
 
     def decode() -> float:
         state = first()
@@ -205,88 +171,22 @@ def measure(
         np.asarray(state.last)
         return (time.perf_counter() - begun) / new_tokens
 
-    first_token = _median(first, repeats)
     step = statistics.median(decode() for _ in range(max(2, repeats // 2)))
-    again = _Again(model, first(), new_tokens)
-    cache_bytes = sum(group.nbytes for group in again.state.groups)
-    filled = sum(
-        group.nbytes * (float(lengths.mean()) + new_tokens / 2) / group.capacity
-        for group, lengths in zip(again.state.groups, again.lengths, strict=True)
-    )
-    watts, joules = power_of(again, seconds=power_seconds)
     stats = jax.devices()[0].memory_stats() or {}
     quantization = model.quantization
     return BenchResult(
         label="bf16" if quantization.is_none else quantization.label,
         keep=recipe.stages[-1].keep if recipe.stages else 1.0,
         batch_size=batch_size,
-        visual_tokens=host.visual_bucket,
+        visual_tokens=batch.visual_bucket,
         text_tokens=text_tokens,
         first_token=first_token,
         decode_step=step,
         weight_bytes=sum(array.nbytes for array in jax.tree.leaves(model)),
         cache_bytes=cache_bytes,
         peak_bytes=stats.get("peak_bytes_in_use"),
-        compile=compilation.compile,
-        lower=compilation.lower,
-        load=load,
-        from_cache=compilation.from_cache,
-        watts=watts,
-        joules_per_token=joules,
-        step_bytes=decoder_bytes(model) + round(filled),
+        compile=compiled,
     )
-
-
-def begin_compiled(
-    compilation: Compilation,
-    model: VisionLanguageModel,
-    batch: Batch,
-    recipe: Recipe,
-    sampling: Sampling,
-    room: int,
-) -> DecodeState:
-    """Prefill and first token of a batch, by the programs that ``generation.begin`` runs, each
-    lowered and compiled beforehand under ``compilation``."""
-    recipe = check_recipe(model, recipe)
-    program = compilation(_prefill, model, batch, recipe=recipe, room=room)
-    logits, cache = program(model, batch, recipe=recipe, room=room)
-    program = compilation(start, logits, cache, sampling, room=room, sampled=False)
-    return program(logits, cache, sampling, room=room, sampled=False)
-
-
-def decoder_bytes(model: VisionLanguageModel) -> int:
-    """Bytes of the weights that every decode step reads: the decoder with its head. Of token
-    embeddings one row a sample is read, so they count only where they are the head too."""
-    looked_up = not model.config.text.tie_word_embeddings
-    return sum(
-        array.nbytes
-        for name, array in flatten_params(model).items()
-        if name.startswith("decoder.") and not (looked_up and name.startswith("decoder.embed."))
-    )
-
-
-class _Again:
-    """Decodes the same ``steps`` tokens again at every call, without a prefill; returns how many
-    tokens that were."""
-
-    def __init__(self, model: VisionLanguageModel, state: DecodeState, steps: int):
-        self.model, self.state, self.steps = model, state, steps
-        # Copies on the host: decoding takes the buffers of the state that it is given.
-        self.lengths = [np.array(group.lengths) for group in state.groups]
-        self._small = {
-            name: np.array(getattr(state, name)) for name in ("position", "count", "last", "done")
-        }
-
-    def __call__(self) -> int:
-        groups = tuple(
-            dataclasses.replace(group, lengths=jnp.asarray(lengths))
-            for group, lengths in zip(self.state.groups, self.lengths, strict=True)
-        )
-        small: dict[str, Any] = {k: jnp.asarray(v) for k, v in self._small.items()}
-        state = dataclasses.replace(self.state, groups=groups, **small)
-        self.state = decode_chunk(self.model, state, jnp.int32(self.steps))
-        np.asarray(self.state.last)
-        return self.steps * len(self._small["last"])
 
 
 def filled_state(

@@ -141,6 +141,8 @@ def print_tiles() -> None:
     sizes = [(rows, *WEIGHTS[name]) for rows in (237, 640) for name in list(WEIGHTS)[:4]]
     sizes += [(577, *pair) for pair in ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096))]
     sizes += [(rows, *WEIGHTS["gate_up 7B"]) for rows in (1896, 2560)]
+    sizes += [(rows, *WEIGHTS[name]) for rows in (1896, 5120) for name in ("o 7B", "down 7B")]
+    sizes.append((318, *WEIGHTS["qkv 7B"]))
     for size in sizes:
         print(measure_tiles(*size), flush=True)
 

@@ -74,6 +74,7 @@ def test_the_fused_prefill_equals_the_modules_bit_for_bit(monkeypatch, family, m
     """States, kept tokens and caches of a pruned prefill of two prompts, on a CPU."""
     config = tiny_config(family)
     model = random_model(config, METHODS[method], jnp.dtype(dtype))
+    assert fused_layers.obstacle(model.decoder.layers) is None
     batch = example_batch(config, 2, 16)
     recipe = Recipe.uniform(num_layers=4, layers=[1], keep=0.5)
     runs = []

@@ -47,7 +47,7 @@ def assert_near(found, expected, share: float) -> None:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("bits", [4, 8])
-@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("rows", [1, 8, 300])
 @pytest.mark.parametrize("transform", [False, True])
 @pytest.mark.parametrize("inputs", [4096, 11008, 3584, 1280])
 def test_transform_quantize_equals_the_reference(rng, inputs, transform, rows, bits, dtype):

@@ -162,9 +162,8 @@ class Decoder(nnx.Module):
 
     def layer(self, x: Float[Array, "B S D"], sequence: Sequence, index: Array):
         """One layer on all its tokens: the new states, and what its cache stores."""
-        inner = self.project(x, sequence, index)
-        x = self._attend(x, sequence, index, inner)
-        return self._feed_forward(x, index), inner.stored
+        (x, added), stored = self._plain_layer(sequence, (x, jnp.zeros_like(x)), index)
+        return summed(x, added), stored
 
     def project(self, x, sequence: Sequence, layer: Array) -> Projected:
         """Queries, keys and values of a layer; the latter two read back from what is stored."""

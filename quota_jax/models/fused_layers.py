@@ -32,6 +32,8 @@ def obstacle(layers: Any) -> str | None:
     for linear in (layers.attn.qkv, layers.attn.o, layers.mlp.gate_up, layers.mlp.down):
         if (reason := linear.obstacle) is not None:
             return reason
+        if "input_scale" in linear.names:
+            return "inputs are multiplied by a scale of each channel"
     return None
 
 

@@ -159,15 +159,17 @@ class Linear(nnx.Module):
             return "activations are not quantized"
         if self.groups is not None:
             return "weights have group scales"
-        if "input_scale" in self.names:
-            return "inputs are multiplied by a scale of each channel"
         return None
 
     def quantize(
         self, x: Float[Array, "M width"], layer: Array | int | None, **before: Any
     ) -> Quantized:
         """The integers that ``multiply`` takes, of the input in its transformed basis; ``before``:
-        see ``transform_quantize`` (a sum, a norm or a gate in the same launch)."""
+        see ``transform_quantize`` (a sum, a norm or a gate in the same launch, for linears without
+        an ``input_scale``)."""
+        if "input_scale" in self.names:
+            assert not before, "an input scale comes after what stands before"
+            x = self._scaled(x, layer)
         given = {name: getattr(self, name)[...] for name in SITES if name in self.names}
         return transform_quantize(x, layer, bits=self.activation_bits, **given, **before)
 
@@ -189,12 +191,15 @@ class Linear(nnx.Module):
     def transformed(self, x: Float[Array, "M K"], layer: Array | int | None) -> Array:
         """The input in the basis in which it is quantized."""
         if "input_scale" in self.names:
-            x = rounded(x.astype(jnp.float32) * take(self.input_scale, layer)).astype(x.dtype)
+            x = self._scaled(x, layer)
         if "left" not in self.names:
             return x
         if "right" not in self.names:
             return across_heads(x, take(self.left, layer))
         return kronecker(x, take(self.left, layer), take(self.right, layer))
+
+    def _scaled(self, x: Float[Array, "M K"], layer: Array | int | None) -> Float[Array, "M K"]:
+        return rounded(x.astype(jnp.float32) * take(self.input_scale, layer)).astype(x.dtype)
 
     def clipping(self, layer: Array | int | None) -> Float[Array, " 2"] | None:
         """The learned clipping of the input's quantizer, if there is one."""

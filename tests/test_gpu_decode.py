@@ -76,13 +76,11 @@ def test_transform_quantize_equals_the_reference(rng, inputs, transform, rows, b
         np.testing.assert_array_equal(found.states, expected.states)
 
 
-def test_the_automatic_choice_quantizes_few_rows_by_the_kernel():
-    def program(rows):
+def test_the_automatic_choice_quantizes_any_number_of_rows_by_the_kernel():
+    for rows in (8, 65, 640):
         call = jax.jit(lambda x: transform_quantize(x, bits=4, norm=jnp.ones(4096)))
-        return call.lower(jnp.ones((rows, 4096), jnp.bfloat16)).as_text()
-
-    assert "xla.gpu.triton" in program(8)
-    assert "xla.gpu.triton" not in program(65)
+        text = call.lower(jnp.ones((rows, 4096), jnp.bfloat16)).as_text()
+        assert "xla.gpu.triton" in text
 
 
 @pytest.mark.parametrize("full", [False, True])

@@ -90,11 +90,12 @@ def methods(plan: Plan) -> Table:
     """Quantizers side by side, unpruned."""
     rows = [FULL]
     for seed in plan.seeds:
-        given = [("rtn", "W8A8KV8")]
+        plain = ("rtn", "smoothquant", "gptq", "flatquant")
+        given = [(method, "W8A8KV8") for method in plain]
         given += [
             (method, bits)
             for bits in ("W4A8KV4", "W4A4KV4")
-            for method in ("rtn", "smoothquant", "gptq", "flatquant", "flatquant+gptq")
+            for method in (*plain, "flatquant+gptq")
         ]
         given += [("grace", "W4A8KV4"), ("grace", "W4A4KV4")]
         given += [(method, "W4A16G128") for method in ("rtn", "awq", "gptq", "luq")]

@@ -12,6 +12,7 @@ growing cache (without what `generate` adds around it). Prints one JSON object f
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import statistics
 import sys
@@ -106,7 +107,7 @@ def measure(
         out = model(**inputs, use_cache=True, logits_to_keep=1)
         token = out.logits[:, -1:].argmax(-1)
         token.cpu()
-        return out.past_key_values, token
+        return out[cache_name(model)], token
 
     def decode() -> tuple[float, Any]:
         cache, token = first()
@@ -147,11 +148,17 @@ def measure(
 
 def steps(model: Any, cache: Any, token: torch.Tensor, count: int) -> Any:
     """``count`` greedy steps, to the last token on the host."""
+    name = cache_name(model)
     for _ in range(count):
-        out = model(input_ids=token, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache, token = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        out = model(input_ids=token, use_cache=True, logits_to_keep=1, **{name: cache})
+        cache, token = out[name], out.logits[:, -1:].argmax(-1)
     token.cpu()
     return cache
+
+
+def cache_name(model: Any) -> str:
+    """What this version of transformers calls keys and values: releases of 5 differ in it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def power(model: Any, first: Any, new: int, batch_size: int) -> tuple[float | None, float | None]:
@@ -159,15 +166,13 @@ def power(model: Any, first: Any, new: int, batch_size: int) -> tuple[float | No
     without such a counter. Decodes on from one prompt, so that no prefill counts, and no less than
     POWER_SECONDS, because the counter is slow."""
     meter = PowerMeter.open_number(0) if model.device.type == "cuda" else None
-    before = None if meter is None else meter.joules()
-    if meter is None or before is None:
+    if meter is None or meter.joules() is None:
         return None, None
     cache, token = first()
-    length = cache.get_seq_length()
     before, begun, count = meter.joules(), time.perf_counter(), 0
     while time.perf_counter() - begun < POWER_SECONDS:
-        cache.crop(length)
         cache = steps(model, cache, token, new)
+        cache.crop(-new)  # takes this many tokens away again
         count += new * batch_size
     seconds, after = time.perf_counter() - begun, meter.joules()
     assert before is not None

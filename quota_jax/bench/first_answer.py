@@ -140,7 +140,7 @@ def _answer(task: Mapping[str, Any]) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from quota_jax.bench.measure import precision
+    from quota_jax.bench.measurement import precision
     from quota_jax.bench.programs import compile_programs, host_copy
     from quota_jax.bench.shapes import example_batch, random_model
     from quota_jax.checkpoint import open_checkpoint

@@ -23,9 +23,9 @@ SCRIPT = Path(__file__).resolve().parents[2] / "examples" / "bench_peer.py"
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PeerResult:
-    """One batch size; fields as in ``measure.BenchResult``. Weights are random, all visual tokens
-    are kept, decoding is eager with a growing cache. label: library and precision. device: as
-    torch names it. cache_bytes: of keys and values after the new tokens."""
+    """One batch size; fields as in ``measurement.BenchResult``. Weights are random, all visual
+    tokens are kept, decoding is eager with a growing cache. label: library and precision. device:
+    as torch names it. cache_bytes: of keys and values after the new tokens."""
 
     label: str
     device: str

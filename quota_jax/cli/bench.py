@@ -122,10 +122,16 @@ class Bench:
 
     def _check(self) -> None:
         """Refuses bad options before anything long."""
+        from quota_jax.generation import room_for
+
+        for name in ("bits", "keep", "batch"):
+            if getattr(self, name) == ():
+                raise QuotaError(f"--{name} needs at least one value")
         if min(self.text, self.new, *self.batch) < 1:
             raise QuotaError("--text, --new and --batch must be at least 1")
         if self.text < 5:
             raise QuotaError(f"--text must be at least 5, got {self.text}")
+        room_for(self.new + 1)
         if self.layers is not None and self.layers < 1:
             raise QuotaError(f"--layers must be at least 1, got {self.layers}")
         if self.checkpoint is not None:

@@ -16,13 +16,14 @@ MARKS = {"prefill": ("o", "first token"), "decode": ("s", "decode")}
 SIZE = (8.4, 5.6)
 AXES = (7.6, 4.6)
 """Inches of the figure, and about those of its axes."""
-LINE = 0.14
-"""Inches from one line of a label to the next."""
+LINE, LETTER = 0.14, 0.062
+"""Inches from one line of a label to the next, and from letter to letter."""
 NEAR = 0.12
 """Inches: points that are nearer to each other share a label."""
 ROOF = 0.62
 """Part of the height below the upper roof; labels of prefills stand above it."""
 GREY = "#555555"
+Spot = tuple[float, float]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,8 +63,9 @@ def draw_roofline(points: Sequence[Point], peaks: Peaks, path: Path, *, title: s
             )
         # Prefills lie side by side and are labelled upwards, decode steps lie on a slope and are
         # labelled to its free side.
-        _label(axis, [p for p in points if p.stage == "prefill"], upwards=True)
-        _label(axis, [p for p in points if p.stage == "decode"], upwards=False)
+        obstacles = [_inches(axis, p.x, p.y) for p in points] + _along_roof(axis, peaks)
+        _label(axis, [p for p in points if p.stage == "prefill"], obstacles, upwards=True)
+        _label(axis, [p for p in points if p.stage == "decode"], obstacles, upwards=False)
         _legend(made, colors, any(point.kept < 1 for point in points))
 
 
@@ -102,10 +104,18 @@ def _limits(axis: Any, points: Sequence[Point], peaks: Peaks) -> None:
     axis.minorticks_off()
 
 
+def _along_roof(axis: Any, peaks: Peaks) -> list[Spot]:
+    """Places on the lower roof, close to each other."""
+    left, right = map(math.log, axis.get_xlim())
+    xs = [math.exp(left + (right - left) * step / 100) for step in range(101)]
+    return [_inches(axis, x, min(peaks.float_ops, peaks.bandwidth * x)) for x in xs]
+
+
 def _roofs(axis: Any, peaks: Peaks) -> None:
     left, right = axis.get_xlim()
     # White behind the words: lines to labels may pass there.
-    words = {"fontsize": 8, "color": GREY, "textcoords": "offset points", "va": "bottom"}
+    words: dict[str, Any] = {"fontsize": 8, "color": GREY, "va": "bottom"}
+    words |= {"textcoords": "offset points"}
     words["bbox"] = {"facecolor": "white", "edgecolor": "none", "pad": 0.5}
     for name, peak, dash in (
         ("bf16", peaks.float_ops, "-"),
@@ -115,45 +125,82 @@ def _roofs(axis: Any, peaks: Peaks) -> None:
         ys = [min(peak, peaks.bandwidth * x) / 1e12 for x in xs]
         axis.plot(xs, ys, color=GREY, lw=1.2, linestyle=dash)
         end = (right, peak / 1e12)
-        axis.annotate(f"{name}: {peak / 1e12:.4g}", end, xytext=(-2, 1), ha="right", **words)
+        axis.annotate(f"{name}: {peak / 1e12:.4g}", end, xytext=(-2, 2.5), ha="right", **words)
     middle = math.sqrt(left * peaks.float_ops / peaks.bandwidth)
     slope = (middle, peaks.bandwidth * middle / 1e12)
     text = f"memory: {peaks.bandwidth / 1e12:.4g} TB/s"
     axis.annotate(text, slope, xytext=(-8, 4), ha="right", **words)
 
 
-def _label(axis: Any, points: Sequence[Point], *, upwards: bool) -> None:
-    """Names groups of near points: above the roofs, read upwards, or to the right of them."""
-    to_axes = axis.transData + axis.transAxes.inverted()
-    place = {p: to_axes.transform((p.x, p.y / 1e12)) * AXES for p in points}
+def _label(axis: Any, points: Sequence[Point], obstacles: Sequence[Spot], *, upwards: bool) -> None:
+    """Names groups of near points: above the roofs, read upwards, or where there is room around
+    them. ``obstacles`` in inches."""
+    place = {p: _inches(axis, p.x, p.y) for p in points}
     groups = _near(points, place)
-    texts = ["\n".join(label_of(group)) for group in groups]
-    sizes = [LINE * (text.count("\n") + 1) + 0.06 for text in texts]
+    texts = [label_of(group) for group in groups]
     spots = [place[group[0]] for group in groups]
     if upwards:
+        sizes = [LINE * len(lines) + 0.06 for lines in texts]
         middles = spread_out([x for x, _ in spots], sizes, 0, AXES[0])
         targets = [(middle, ROOF * AXES[1] + 0.3) for middle in middles]
         look = {"rotation": 90, "ha": "center", "va": "bottom"}
     else:
-        middles = spread_out([y - 0.25 for _, y in spots], sizes, 0.05, AXES[1])
-        targets = [(x + 0.35, middle) for (x, _), middle in zip(spots, middles, strict=True)]
+        boxes = [(LETTER * max(map(len, lines)), LINE * len(lines)) for lines in texts]
+        targets = find_room(spots, boxes, obstacles)
         look = {"ha": "left", "va": "center"}
-    for text, spot, target in zip(texts, spots, targets, strict=True):
-        axis.annotate(
-            text,
-            spot / AXES,
-            xycoords="axes fraction",
-            xytext=(target[0] / AXES[0], target[1] / AXES[1]),
-            textcoords="axes fraction",
-            fontsize=7.5,
-            **look,
-        )
-        # Its own line: an arrow would point to the middle of a text, through it.
-        ends = [(spot / AXES), (target[0] / AXES[0], target[1] / AXES[1])]
-        axis.plot(*zip(*ends, strict=True), color="#AAAAAA", lw=0.6, transform=axis.transAxes)
+    for lines, spot, target in zip(texts, spots, targets, strict=True):
+        (x, y), (end_x, end_y) = ((at[0] / AXES[0], at[1] / AXES[1]) for at in (spot, target))
+        text = "\n".join(lines)
+        axis.text(end_x, end_y, text, transform=axis.transAxes, fontsize=7.5, **look)
+        axis.plot([x, end_x], [y, end_y], color="#AAAAAA", lw=0.6, transform=axis.transAxes)
 
 
-def _near(points: Sequence[Point], place: dict[Point, Any]) -> list[list[Point]]:
+def find_room(
+    spots: Sequence[Spot], boxes: Sequence[Spot], obstacles: Sequence[Spot]
+) -> list[Spot]:
+    """Middles of the left edges of boxes (width, height) right of their spots, as near as they can
+    be without covering an obstacle or each other; where there is no room, the nearest place."""
+    steps = [(0.3 + 0.2 * right, 0.12 * up) for right in range(8) for up in range(-15, 10)]
+    steps.sort(key=lambda step: math.hypot(step[0], step[1] + 0.2))
+    taken: list[tuple[float, float, float, float]] = []
+    found: list[Spot] = [(0.0, 0.0)] * len(spots)
+    # From the top down: lines to labels then cross less often.
+    for place in sorted(range(len(spots)), key=lambda place: -spots[place][1]):
+        (x, y), (width, height) = spots[place], boxes[place]
+        for right, up in steps:
+            left, low = x + right, y + up - height / 2
+            box = (left, low, left + width, low + height)
+            inside = box[1] > 0.05 and box[2] < AXES[0]
+            hidden = any(_covers(box, spot) for spot in obstacles)
+            if inside and not hidden and not any(_overlap(box, other) for other in taken):
+                break
+        else:
+            right, up = steps[0]
+            box = (x + right, y + up - height / 2, x + right + width, y + up + height / 2)
+        taken.append(box)
+        found[place] = (x + right, y + up)
+    return found
+
+
+def _covers(box: tuple[float, float, float, float], spot: Spot) -> bool:
+    """Whether a marker at ``spot`` touches the box."""
+    return box[0] - 0.08 < spot[0] < box[2] + 0.08 and box[1] - 0.08 < spot[1] < box[3] + 0.08
+
+
+def _overlap(
+    one: tuple[float, float, float, float], two: tuple[float, float, float, float]
+) -> bool:
+    return one[0] < two[2] and two[0] < one[2] and one[1] < two[3] and two[1] < one[3]
+
+
+def _inches(axis: Any, x: float, y: float) -> Spot:
+    """Where operations per byte and per second lie, in inches from the axes' lower left corner."""
+    to_axes = axis.transData + axis.transAxes.inverted()
+    across, up = to_axes.transform((x, y / 1e12))
+    return float(across) * AXES[0], float(up) * AXES[1]
+
+
+def _near(points: Sequence[Point], place: dict[Point, Spot]) -> list[list[Point]]:
     """Groups such that every point is near the first one of its group."""
     groups: list[list[Point]] = []
     for point in points:

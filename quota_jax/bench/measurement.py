@@ -154,7 +154,7 @@ class Decoding:
     """Decodes the same tokens again and again, from where ``state`` stands (which is used up).
 
     Between two runs lengths and counters are set back; what stands behind them in the caches is
-    written again. So no prefill is part of it.
+    written again. So no prefill is part of it. ``state`` is what the last run left.
     """
 
     def __init__(
@@ -165,21 +165,23 @@ class Decoding:
         self._lengths = [np.array(group.lengths) for group in state.groups]
         names = ("position", "count", "last", "done")
         self._counters = {name: np.array(getattr(state, name)) for name in names}
-        self._state = state
+        self.state = state
 
     def run(self) -> float:
         """Seconds of all steps, from a state on the device to the last tokens on the host."""
         groups = tuple(
             # Copies: the state is donated, and an array that shares numpy's memory cannot be.
             dataclasses.replace(group, lengths=jnp.array(lengths))
-            for group, lengths in zip(self._state.groups, self._lengths, strict=True)
+            for group, lengths in zip(self.state.groups, self._lengths, strict=True)
         )
-        counters = {name: jnp.array(value) for name, value in self._counters.items()}
-        state = dataclasses.replace(self._state, groups=groups, **counters)
+        counters: dict[str, Any] = {
+            name: jnp.array(value) for name, value in self._counters.items()
+        }
+        state = dataclasses.replace(self.state, groups=groups, **counters)
         jax.block_until_ready(state)
         begun = time.perf_counter()
-        self._state = self._programs.decode(self._model, state, self._limit)
-        np.asarray(self._state.last)
+        self.state = self._programs.decode(self._model, state, self._limit)
+        np.asarray(self.state.last)
         return time.perf_counter() - begun
 
     def power(self, batch_size: int) -> tuple[float | None, float | None]:
@@ -190,7 +192,7 @@ class Decoding:
         runs = 0
         with meter:
             begun = time.perf_counter()
-            while time.perf_counter() - begun < POWER_SECONDS:
+            while not runs or time.perf_counter() - begun < POWER_SECONDS:
                 self.run()
                 runs += 1
         if meter.watts is None:

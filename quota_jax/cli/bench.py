@@ -189,13 +189,13 @@ class Bench:
         if self._opened is not None and self.keep is None:
             recipe = self._opened.recipe
             return [(recipe.stages[-1].keep if recipe.stages else 1.0, recipe)]
-        depth, layers = config.text.num_layers, candidates(config)
+        depth = config.text.num_layers
         return [
             (
                 keep,
                 Recipe.none(depth)
                 if keep == 1
-                else Recipe.uniform(num_layers=depth, layers=layers, keep=keep),
+                else Recipe.uniform(num_layers=depth, layers=candidates(config), keep=keep),
             )
             for keep in (KEEP if self.keep is None else self.keep)
         ]

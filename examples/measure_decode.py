@@ -65,7 +65,8 @@ def main() -> None:
         result = measure(model_of(method), recipe, new_tokens=options.new, repeats=5)
         print(
             f"{result.label} {method}, batch 1: first token {1e3 * result.first_token:.2f} ms, "
-            f"decode step {1e3 * result.decode_step:.3f} ms (compile {result.compile:.0f} s)",
+            f"decode step {1e3 * result.decode_step:.3f} ms (lowering {result.lowering:.1f} s, "
+            f"compile {result.compile:.1f} s)",
             flush=True,
         )
 

@@ -30,7 +30,7 @@ COMMANDS = {
     "reproduce": ("reproduce:Reproduce", "the paper's tables and figures, beside the paper's own"),
     "inspect": ("inspect:Inspect", "configuration, parameters and bytes of a checkpoint"),
     "verify": ("verify:Verify", "check a checkpoint's files, and compare it with its source"),
-    "bench": ("bench:Bench", "speed and memory at a model's real shape, with random weights"),
+    "bench": ("bench:Bench", "speed, memory and power of a model at its real shape"),
     "export": ("export:Export", "quota_jax checkpoint -> Hugging Face checkpoint"),
 }
 

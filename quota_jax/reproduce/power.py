@@ -26,8 +26,14 @@ class PowerMeter:
     @classmethod
     def open(cls, device: jax.Device) -> PowerMeter | None:
         """The meter of a device; None where there is none: no NVIDIA GPU, no NVML, a MIG slice."""
-        name = visible_name(device.local_hardware_id, os.environ.get("CUDA_VISIBLE_DEVICES"))
-        if device.platform != "gpu" or name is None:
+        return cls.open_number(device.local_hardware_id) if device.platform == "gpu" else None
+
+    @classmethod
+    def open_number(cls, number: int) -> PowerMeter | None:
+        """The meter of the GPU with this number among those that this process sees; else as
+        ``open``."""
+        name = visible_name(number, os.environ.get("CUDA_VISIBLE_DEVICES"))
+        if name is None:
             return None
         try:
             library = ctypes.CDLL("libnvidia-ml.so.1")

@@ -8,7 +8,8 @@ last stage, which share of the asked object's tokens was kept, which share of al
 an object or a sign, and how many questions were answered. Beside it: how the norms of the visual
 features and of 4-bit rounding errors of objects compare with those of the rest, which the scores of
 QUOTA and QAPruner build on. Full precision, but for the row of QUOTA with its residual (weights
-rounded to 4 bits, activations to 8).
+rounded to 4 bits, activations to 8). Last, fresh questions of all kinds, and the selectors that
+number tokens anew once more with positions kept.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ from quota_jax.prune.presets import llm_flops_ratio, peer_recipe
 from quota_jax.quant.calibrate import calibrate
 from quota_jax.quant.calibration_data import Sample, make_batches
 from quota_jax.quantization import QuantizationConfig
-from quota_jax.recipe import Recipe
+from quota_jax.recipe import MERGING, Recipe
 from quota_jax.reproduce.rows import equal
 from quota_jax.reproduce.tables import PEERS
 from quota_jax.testbed import small_model_path
-from quota_jax.testbed.evaluate import Item, answer_items, score
+from quota_jax.testbed.evaluate import Item, answer_items, make_items, score
 from quota_jax.testbed.scenes import Scene, SceneObject, draw_scenes
 from quota_jax.testbed.world.conversation import SINGLE_WORD
 
@@ -60,6 +61,7 @@ def main() -> None:
         low = calibrate(full, Path(folder) / "low", QuantizationConfig.parse(LOW))
         models = {"": qj.load(full), LOW: qj.load(low)}
     scenes, asked = draw_questions(options.pictures)
+    others = make_items(options.pictures, SEED, family=options.family)
     items = [question(place, *each) for place, each in enumerate(zip(scenes, asked, strict=True))]
     found: dict[str, Any] = {"norms": norms(models[""], scenes, items), "selectors": {}}
     for name, bits, recipe in recipes(models[""].config, options.keep):
@@ -79,7 +81,11 @@ def main() -> None:
             ),
             "all tokens on objects": mean(s.mean() for s in shown),
             "tokens kept": mean(k.mean() for k in kept),
-            "answered": score(answers).percent / 100,
+            "colors answered": score(answers).percent / 100,
+            "all kinds answered": score(
+                answer_items(models[bits], others, batch_size=16, recipe=recipe)
+            ).percent
+            / 100,
         }
         print(name, found["selectors"][name], file=sys.stderr, flush=True)
     print(report(found))
@@ -123,7 +129,11 @@ def recipes(config: Any, keep: float) -> list[tuple[str, str, Recipe]]:
     for name in PEERS:
         if name == "vtw" or (name == "visionzip" and config.model_type != "llava"):
             continue  # keeps no visual token; needs a class token
-        found.append((name, "", peer_recipe(name, config, target_flops_ratio=ratio)))
+        recipe = peer_recipe(name, config, target_flops_ratio=ratio)
+        found.append((name, "", recipe))
+        if recipe.positions == "renumber" and name not in MERGING:
+            kept = dataclasses.replace(recipe, positions="keep")
+            found.append((f"{name}, positions kept", "", kept))
     return found
 
 
@@ -198,7 +208,10 @@ def mean(values: Any) -> float:
 
 def report(found: dict[str, Any]) -> str:
     """The numbers as tables."""
-    names = ("asked object kept", "kept tokens on objects", "tokens kept", "answered")
+    names = (
+        *("asked object kept", "kept tokens on objects", "tokens kept"),
+        *("colors answered", "all kinds answered"),
+    )
     rows = [
         (name, *(f"{100 * entry[each]:.0f} %" for each in names))
         for name, entry in found["selectors"].items()

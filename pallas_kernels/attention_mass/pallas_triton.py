@@ -43,11 +43,12 @@ BEYOND, TEXT, VISUAL = 0, 1, 2
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
     """Tokens a program owns, tokens it reads at a time (powers of two, 16 at least), its warps and
-    the tiles loaded ahead.
+    the stages its loads are pipelined in.
 
-    64 x 64 makes 320 programs of 32 heads and 640 tokens, two or three for each multiprocessor of
-    an H100; 128 rows would leave a third of them without a second one. Two tiles of 64 x 128
-    16-bit values and the one owned are 48 KB of shared memory: several programs fit together.
+    At heads of 128 the tile it owns and two of those it reads are 48 KB of shared memory, and ptxas
+    gives a thread 104 registers: four programs fit on a multiprocessor of an H100. 32 heads of 640
+    tokens make 320 programs, which run at once on its 132; tiles of 128 rows would make 160 of
+    twice the work, an uneven load. Chosen by this reasoning, not yet by measurement.
     """
 
     rows: int = 64
@@ -83,8 +84,9 @@ def column_mass_triton(
     def call(kernel, inputs, outputs):
         return pl.pallas_call(
             functools.partial(kernel, **options),
-            # The last axis starts first: all tiles of one place, the longest walks before others.
-            grid=(pl.cdiv(length, plan.rows), batch, heads),
+            # Programs start in the order of the first axis, then the second: the longest walks of
+            # all heads first.
+            grid=(heads, batch, pl.cdiv(length, plan.rows)),
             in_specs=[pl.BlockSpec(memory_space=pl.ANY)] * inputs,
             out_specs=[pl.BlockSpec(memory_space=pl.ANY)] * outputs,
             out_shape=[jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)] * outputs,
@@ -120,9 +122,9 @@ def _product(left: Array, right: Array) -> Array:
 def _rows(query_ref, key_ref, length_ref, sum_ref, *, group: int, plan: Plan, scale: float) -> None:
     """Base-2 log-sum-exp of ``plan.rows`` queries, ``[B, N, T]``; 0 at or past the length."""
     _, total, _, head_dim = query_ref.shape
+    head, sample = pl.program_id(0), pl.program_id(1)
     # The last queries see most keys.
-    tile = pl.num_programs(0) - 1 - pl.program_id(0)
-    sample, head = pl.program_id(1), pl.program_id(2)
+    tile = pl.num_programs(2) - 1 - pl.program_id(2)
     length = length_ref[sample]
     tiles = _Tiles(head_dim, length, sample)
     row = tile * plan.rows + jnp.arange(plan.rows)
@@ -164,7 +166,7 @@ def _columns(
     """What ``plan.rows`` keys receive from text and from visual queries of a head, ``[B, N, T]``."""
     _, total, _, head_dim = query_ref.shape
     # The first keys are seen by most queries.
-    tile, sample, head = (pl.program_id(axis) for axis in range(3))
+    head, sample, tile = (pl.program_id(axis) for axis in range(3))
     length = length_ref[sample]
     tiles = _Tiles(head_dim, length, sample)
     row = tile * plan.rows + jnp.arange(plan.rows)

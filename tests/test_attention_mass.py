@@ -207,9 +207,7 @@ def interpreted(dim: int, rows: int = 64, columns: int = 64):
         (2, 1, 8, "float16", (64, 16)),
     ],
 )
-def test_the_kernel_in_the_interpreter_equals_the_reference(
-    rng, heads, kv_heads, dim, dtype, tile
-):
+def test_the_kernel_in_the_interpreter_equals_the_reference(rng, heads, kv_heads, dim, dtype, tile):
     length = 137
     lengths = np.array([length, 77, 30, 1, 0])
     query, key = fresh(rng, 5, length, heads, kv_heads, dim, dtype)

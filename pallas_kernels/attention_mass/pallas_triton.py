@@ -69,7 +69,7 @@ def column_mass_triton(
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
     """See ``pallas_kernels.attention_mass.attention_mass``; ``query`` and ``key`` have one 16-bit
     dtype, ``H`` is at most 128."""
-    batch, length, heads, head_dim = query.shape
+    batch, length, heads, _ = query.shape
     plan = plan or Plan()
     place = jnp.arange(length)
     kind = jnp.where(is_visual, VISUAL, TEXT)
@@ -116,7 +116,9 @@ class _Tiles:
 
 def _product(left: Array, right: Array) -> Array:
     """``left right^T``, float32."""
-    return lax.dot_general(left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+    return lax.dot_general(
+        left, right, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+    )
 
 
 def _rows(query_ref, key_ref, length_ref, sum_ref, *, group: int, plan: Plan, scale: float) -> None:
@@ -163,7 +165,7 @@ def _columns(
     plan: Plan,
     scale: float,
 ) -> None:
-    """What ``plan.rows`` keys receive from text and from visual queries of a head, ``[B, N, T]``."""
+    """What ``plan.rows`` keys receive from a head's text and visual queries, ``[B, N, T]`` each."""
     _, total, _, head_dim = query_ref.shape
     # The first keys are seen by most queries.
     head, sample, tile = (pl.program_id(axis) for axis in range(3))

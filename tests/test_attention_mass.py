@@ -14,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pallas_kernels.attention_mass.api as api
+from pallas_kernels.accelerator import Gpu
 from pallas_kernels.attention_mass import BLOCK, attention_mass
 
 
@@ -268,3 +270,32 @@ def test_neither_padding_nor_a_neighbour_changes_a_bit_of_the_kernel(rng):
     alone = run(query[:1, :length], key[:1, :length], jnp.asarray([length]), is_visual[:1, :length])
     for one, many in zip(alone, beside, strict=True):
         np.testing.assert_array_equal(one[0], many[0, :length])
+
+
+@newer_jax
+@triton
+def test_a_pruned_model_can_be_trained_where_the_kernel_runs(rng, monkeypatch):
+    """Pallas itself cannot differentiate the kernel; here the program runs on the CPU."""
+    monkeypatch.setattr(api, "find_gpu", lambda: Gpu(capability=(9, 0), num_sms=132))
+    query, key = fresh(rng, 1, 20, 2, 1, 16)
+    rest = jnp.asarray([17]), jnp.asarray(rng.random((1, 20)) < 0.6)
+
+    def received(query, key, impl):
+        inter, intra = attention_mass(query, key, *rest, sm_scale=0.25, impl=impl)
+        return (inter**2 + intra).sum()
+
+    found, expected = (
+        jax.jit(jax.grad(functools.partial(received, impl=impl), (0, 1)))(query, key)
+        for impl in ("auto", "xla")
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert np.asarray(one, np.float32).any()
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+    def kept(query, key):
+        order = jnp.argsort(attention_mass(query, key, *rest, sm_scale=0.25)[1], axis=-1)
+        chosen = jnp.take_along_axis(query, order[..., :5, None, None], 1)
+        return chosen.astype(jnp.float32).sum()
+
+    gradient = np.asarray(jax.jit(jax.grad(kept))(query, key), np.float32)
+    assert gradient.sum() == 5 * 2 * 16

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
@@ -31,7 +32,7 @@ def attention_mass(
     ``intra[i] = 1/N sum_h sum_{visual k >= i} A[h, k, i]``. Text queries are the real tokens that
     are not visual. Both are 0 at or past ``lengths`` and where no such query follows. Grouped
     queries: head ``n`` reads key head ``n // (N / K)``. float32 softmax, sums and output. Never
-    holds a ``T x T`` matrix.
+    holds a ``T x T`` matrix. Derivatives are the reference's whatever runs.
 
     Args:
       impl: "auto" or the name of an implementation; a named one that cannot run raises ValueError.
@@ -49,10 +50,19 @@ def attention_mass(
     def reference(query, key, lengths, is_visual):
         return column_mass(query, key, lengths, is_visual, sm_scale=sm_scale)
 
+    @jax.custom_jvp
     def kernel(query, key, lengths, is_visual):
         from pallas_kernels.attention_mass.pallas_triton import column_mass_triton
 
         return column_mass_triton(query, key, lengths, is_visual, sm_scale=sm_scale)
+
+    @kernel.defjvp
+    def _(primals, tangents):
+        # Training a pruned model differentiates what it is pruned by, though a choice of tokens
+        # has no derivative. Pallas has no rule for this kernel: the reference's is taken.
+        rest = primals[2:]
+        _, out = jax.jvp(lambda *heads: reference(*heads, *rest), primals[:2], tangents[:2])
+        return kernel(*primals), out
 
     arrays = query, key, lengths.astype(jnp.int32), is_visual
     if name == "xla":

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.attention import sequence_attention
+from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.int4_matmul.api import automatic, refusals
 from pallas_kernels.kv4_attention import kv4_attention
@@ -185,6 +186,27 @@ def measure_kv4(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) ->
     }
 
 
+def measure_mass(batch: int, tokens: int, heads: int, dim: int) -> dict[str, Any]:
+    """Column sums of attention: 9 of 10 tokens are of a picture, as in LLaVA-1.5's prompts."""
+    key = jax.random.key(8)
+    q, k = (
+        jax.random.normal(jax.random.fold_in(key, i), (batch, tokens, heads, dim), jnp.bfloat16)
+        for i in (0, 1)
+    )
+    place = jnp.arange(tokens)
+    is_visual = jnp.broadcast_to((place >= 5) & (place < 5 + tokens * 9 // 10), (batch, tokens))
+    arguments = (q, k, jnp.full((batch,), tokens, jnp.int32), is_visual)
+    found: dict[str, Any] = {"batch": batch, "tokens": tokens, "heads": heads, "dim": dim}
+    results = []
+    for impl in ("pallas_triton", "xla"):
+        call = jax.jit(functools.partial(attention_mass, sm_scale=dim**-0.5, impl=impl))
+        results.append(call(*arguments))
+        found[impl] = kernel_us(call, *arguments)
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.md")
@@ -204,7 +226,7 @@ def main() -> None:
     ]
     lines += ["|---" * 9 + "|"]
     report: dict[str, Any] = {"device": device, "jax": jax.__version__, "copy_gbs": copy}
-    report["matmul"], report["kv4_attention"], report["attention"] = [], [], []
+    report |= {name: [] for name in ("matmul", "kv4_attention", "attention", "attention_mass")}
     print("\n".join(lines), flush=True)
 
     def show(line: str) -> None:
@@ -264,6 +286,14 @@ def main() -> None:
         us = kernel_us(call, q, k, k, lengths)
         report["attention"].append({"batch": batch, "tokens": tokens, "us": us})
         show(f"attention, batch {batch}, {tokens} tokens, {heads} heads of 128: {us:.1f} us")
+    show("")
+    show("| batch | tokens | heads | column sums us | XLA us | speed-up |")
+    show("|---" * 6 + "|")
+    for batch in (1, 8):
+        row = measure_mass(batch, 640, 32, 128)
+        report["attention_mass"].append(row)
+        ours, xla = row["pallas_triton"], row["xla"]
+        show(f"| {batch} | 640 | 32 of 128 | {ours:.1f} | {xla:.1f} | {xla / ours:.1f} |")
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         (options.out / "kernels.json").write_text(json.dumps(report, indent=1) + "\n")

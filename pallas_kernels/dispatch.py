@@ -51,6 +51,7 @@ def left_to_xla() -> tuple[str, ...]:
 def choices() -> list[tuple[str, str, str]]:
     """Operation, shape and what "auto" takes for it on this machine (shapes of LLaVA-1.5-7B)."""
     from pallas_kernels.attention.api import automatic as attention
+    from pallas_kernels.attention_mass.api import automatic as mass
     from pallas_kernels.int4_matmul.api import automatic as matmul
     from pallas_kernels.kv4_append.api import automatic as append
     from pallas_kernels.kv4_attention.api import automatic as decode
@@ -68,6 +69,7 @@ def choices() -> list[tuple[str, str, str]]:
     rows.append(("kv4_attention", "32 heads of 128", decode(128)))
     for dtype in ("bfloat16", "float32"):
         rows.append(("sequence_attention", f"heads of 128, {dtype}", attention(dtype, 128)))
-    rows.append(("attention_mass", "any", "xla"))
+    for dtype in ("bfloat16", "float32"):
+        rows.append(("attention_mass", f"heads of 128, {dtype}", mass(dtype, 128)))
     left = left_to_xla()
     return [(name, shape, "xla" if name in left else choice) for name, shape, choice in rows]

@@ -1,8 +1,11 @@
-"""Column sums of attention against a dense float64 softmax, and their independence of padding."""
+"""Column sums of attention against a dense float64 softmax, and their independence of padding; the
+GPU kernel in the interpreter against them."""
 
 from __future__ import annotations
 
 import functools
+import os
+import zlib
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pallas_kernels.attention_mass.api as api
+from pallas_kernels.accelerator import Gpu
 from pallas_kernels.attention_mass import BLOCK, attention_mass
 
 
@@ -156,3 +161,141 @@ def test_an_unknown_implementation_fails_loudly():
         attention_mass(
             query, key, jnp.asarray([4]), jnp.ones((1, 4), bool), sm_scale=1.0, impl="mosaic"
         )
+
+
+# The kernel in the interpreter, on fresh numbers. It multiplies the same 16-bit values as the
+# reference, and products of those are exact in float32: what differs are orders of float32 sums and
+# a base-2 exponent. Scores up to 20 are thereby off by some 1e-6, and a weight by that share.
+SEED = int.from_bytes(os.urandom(6), "little")
+CLOSE = {"rtol": 1e-5, "atol": 1e-6}
+newer_jax = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="the kernels are for jax 0.11 (Python 3.12)"
+)
+triton = pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+
+
+@pytest.fixture
+def rng(request) -> np.random.Generator:
+    """The seed is printed when a test fails."""
+    print("seed", SEED)
+    return np.random.default_rng([SEED, zlib.crc32(request.node.name.encode())])
+
+
+def fresh(rng, batch, length, heads, kv_heads, dim, dtype=jnp.bfloat16):
+    """Queries and keys whose attention is far from uniform."""
+    query = 3 * rng.standard_normal((batch, length, heads, dim), np.float32)
+    key = rng.standard_normal((batch, length, kv_heads, dim), np.float32)
+    return jnp.asarray(query, dtype), jnp.asarray(key, dtype)
+
+
+@functools.cache
+def interpreted(dim: int, rows: int = 64, columns: int = 64):
+    from pallas_kernels.attention_mass.pallas_triton import Plan, column_mass_triton
+
+    plan = Plan(rows=rows, columns=columns)
+    return jax.jit(
+        functools.partial(column_mass_triton, sm_scale=dim**-0.5, plan=plan, interpret=True)
+    )
+
+
+@newer_jax
+@triton
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "dtype", "tile"),
+    [
+        (4, 4, 128, "bfloat16", (64, 64)),
+        (6, 2, 40, "bfloat16", (64, 64)),
+        (7, 1, 80, "bfloat16", (16, 64)),
+        (2, 1, 8, "float16", (64, 16)),
+    ],
+)
+def test_the_kernel_in_the_interpreter_equals_the_reference(rng, heads, kv_heads, dim, dtype, tile):
+    length = 137
+    lengths = np.array([length, 77, 30, 1, 0])
+    query, key = fresh(rng, 5, length, heads, kv_heads, dim, dtype)
+    is_visual = np.stack(
+        [
+            visual_runs(length, (5, 60), (70, 137)),  # no text after the last picture
+            visual_runs(length),  # no picture
+            visual_runs(length, (2, 20)),
+            visual_runs(length, (0, 1)),
+            visual_runs(length, (0, 137)),
+        ]
+    )
+    arrays = query, key, jnp.asarray(lengths), jnp.asarray(is_visual)
+    expected = mass(*arrays, sm_scale=dim**-0.5, impl="xla")
+    beyond = jnp.arange(length)[None, :, None, None] >= lengths[:, None, None, None]
+    dirty = jnp.where(beyond, jnp.nan, query), jnp.where(beyond, jnp.inf, key)
+    found = interpreted(dim, *tile)(*dirty, *arrays[2:])
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == jnp.float32
+        np.testing.assert_allclose(one, other, **CLOSE)
+        assert not np.asarray(one)[np.arange(length) >= lengths[:, None]].any()
+    inter, intra = map(np.asarray, found)
+    assert not inter[0, 69:].any()
+    assert not intra[1].any()
+    np.testing.assert_allclose(intra[3, 0], 1, rtol=1e-6)
+
+
+@newer_jax
+@triton
+def test_the_kernels_sums_by_kind_add_up_to_what_all_queries_give(rng):
+    """Every query gives away 1. A column's ``inter + intra`` lacks its own share where it is text
+    (text counts from the next query on), so it is the sum over all queries taken for visual at a
+    visual token, and over all taken for text at a text token."""
+    length, lengths, dim = 70, np.array([70, 41]), 16
+    query, key = fresh(rng, 2, length, 4, 2, dim)
+    is_visual = rng.random((2, length)) < 0.6
+    real = np.arange(length) < lengths[:, None]
+    run = functools.partial(interpreted(dim, 16, 32), query, key, jnp.asarray(lengths))
+    nothing, received = map(np.asarray, run(jnp.ones((2, length), bool)))
+    assert not nothing.any()
+    np.testing.assert_allclose(received.sum(1), lengths, rtol=1e-5)
+    from_others, nothing = map(np.asarray, run(jnp.zeros((2, length), bool)))
+    assert not nothing.any()
+    inter, intra = map(np.asarray, run(jnp.asarray(is_visual)))
+    np.testing.assert_allclose(intra.sum(1), (is_visual & real).sum(1), rtol=1e-5)
+    whole = np.where(is_visual, received, from_others)
+    np.testing.assert_allclose(inter + intra, whole, **CLOSE)
+
+
+@newer_jax
+@triton
+def test_neither_padding_nor_a_neighbour_changes_a_bit_of_the_kernel(rng):
+    length, dim = 45, 40
+    query, key = fresh(rng, 2, 100, 2, 1, dim)
+    is_visual = jnp.asarray(rng.random((2, 100)) < 0.6)
+    run = interpreted(dim, 16, 32)
+    beside = run(query, key, jnp.asarray([length, 100]), is_visual)
+    alone = run(query[:1, :length], key[:1, :length], jnp.asarray([length]), is_visual[:1, :length])
+    for one, many in zip(alone, beside, strict=True):
+        np.testing.assert_array_equal(one[0], many[0, :length])
+
+
+@newer_jax
+@triton
+def test_a_pruned_model_can_be_trained_where_the_kernel_runs(rng, monkeypatch):
+    """Pallas itself cannot differentiate the kernel; here the program runs on the CPU."""
+    monkeypatch.setattr(api, "find_gpu", lambda: Gpu(capability=(9, 0), num_sms=132))
+    query, key = fresh(rng, 1, 20, 2, 1, 16)
+    rest = jnp.asarray([17]), jnp.asarray(rng.random((1, 20)) < 0.6)
+
+    def received(query, key, impl):
+        inter, intra = attention_mass(query, key, *rest, sm_scale=0.25, impl=impl)
+        return (inter**2 + intra).sum()
+
+    found, expected = (
+        jax.jit(jax.grad(functools.partial(received, impl=impl), (0, 1)))(query, key)
+        for impl in ("auto", "xla")
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert np.asarray(one, np.float32).any()
+        np.testing.assert_array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
+
+    def kept(query, key):
+        order = jnp.argsort(attention_mass(query, key, *rest, sm_scale=0.25)[1], axis=-1)
+        chosen = jnp.take_along_axis(query, order[..., :5, None, None], 1)
+        return chosen.astype(jnp.float32).sum()
+
+    gradient = np.asarray(jax.jit(jax.grad(kept))(query, key), np.float32)
+    assert gradient.sum() == 5 * 2 * 16

@@ -12,6 +12,7 @@ import pytest
 
 from pallas_kernels.accelerator import find_gpu
 from pallas_kernels.attention import causal_attention, sequence_attention
+from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.int4_matmul.api import refusals
 from pallas_kernels.kv4_attention import kv4_attention
@@ -94,6 +95,36 @@ def test_library_attention_equals_the_reference(rng, causal, heads):
     expected, _ = causal_attention(q, k, v, lengths, **options)
     for row, length in enumerate(np.asarray(lengths)):
         np.testing.assert_allclose(found[row, :length], expected[row, :length], atol=0.03)
+
+
+@pytest.mark.parametrize("heads", [(32, 32, 128), (28, 4, 128), (6, 2, 40), (4, 4, 80)])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("length", [640, 333])
+def test_column_sums_equal_the_reference(rng, heads, dtype, length):
+    num_heads, kv_heads, dim = heads
+    lengths = np.array([length, rng.integers(2, length), 1, 0])
+    query = 3 * rng.standard_normal((4, length, num_heads, dim), np.float32)
+    key = rng.standard_normal((4, length, kv_heads, dim), np.float32)
+    beyond = np.arange(length) >= lengths[:, None]
+    query[beyond], key[beyond] = np.nan, np.inf
+    is_visual = rng.random((4, length)) < 0.6
+    is_visual[1, : length // 2] = True
+    arrays = (
+        *(jnp.asarray(array, dtype) for array in (query, key)),
+        jnp.asarray(lengths, jnp.int32),
+        jnp.asarray(is_visual),
+    )
+    found, expected = (
+        attention_mass(*arrays, sm_scale=dim**-0.5, impl=impl) for impl in ("pallas_triton", "xla")
+    )
+    # Products of 16-bit values are exact; tensor cores cut their float32 sums off instead of
+    # rounding. With scores up to 20, unscaled 200, some 2^-22 of those are 1e-5 of a weight.
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+        assert not np.asarray(one)[beyond].any()
+    again = attention_mass(*arrays, sm_scale=dim**-0.5, impl="pallas_triton")
+    for one, other in zip(found, again, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_this_machine_takes_the_kernels():

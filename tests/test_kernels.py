@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, use_abstract_mesh
 
 import pallas_kernels.attention.api as attention_api
+import pallas_kernels.attention_mass.api as mass_api
 import pallas_kernels.int4_matmul.api as matmul_api
 import pallas_kernels.int4_matmul.reference as matmul_reference
 from pallas_kernels.accelerator import Gpu, find_gpu
 from pallas_kernels.attention import BLOCK, causal_attention
+from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.dispatch import choices, resolve
 from pallas_kernels.int4_matmul import int4_matmul, integer_matmul
 from pallas_kernels.kv4_attention import (
@@ -211,6 +213,33 @@ def test_auto_follows_the_gpu_and_the_shape(monkeypatch):
     monkeypatch.setattr(attention_api, "find_gpu", lambda: hopper)
     assert attention_api.automatic(jnp.bfloat16, 80) == "cudnn"
     assert attention_api.automatic(jnp.float32, 80) == "xla"
+    monkeypatch.setattr(mass_api, "find_gpu", lambda: ada)
+    assert mass_api.automatic(jnp.bfloat16, 80) == "pallas_triton"
+    assert mass_api.automatic(jnp.float32, 80) == "xla"
+    monkeypatch.setattr(mass_api, "find_gpu", lambda: None)
+    assert mass_api.automatic(jnp.bfloat16, 80) == "xla"
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtypes", "dim", "words"),
+    [
+        (None, ("bfloat16", "bfloat16"), 16, "needs an NVIDIA GPU"),
+        ((7, 5), ("float16", "float16"), 16, r"compute capability 8\.0"),
+        ((9, 0), ("float32", "float32"), 16, "float32 values"),
+        ((9, 0), ("bfloat16", "float16"), 16, "float32 values"),
+        ((9, 0), ("bfloat16", "bfloat16"), 136, "heads of 136: at most 128"),
+    ],
+)
+def test_the_column_sums_name_why_their_kernel_cannot_run(
+    monkeypatch, capability, dtypes, dim, words
+):
+    gpu = None if capability is None else Gpu(capability=capability, num_sms=132)
+    monkeypatch.setattr(mass_api, "find_gpu", lambda: gpu)
+    query, key = (jnp.ones((1, 3, 2, dim), dtype) for dtype in dtypes)
+    arrays = query, key, jnp.asarray([3]), jnp.ones((1, 3), bool)
+    with pytest.raises(ValueError, match=words):
+        attention_mass(*arrays, sm_scale=1.0, impl="pallas_triton")
+    attention_mass(*arrays, sm_scale=1.0)  # left to itself, it takes xla
 
 
 def test_on_the_cpu_every_operation_is_the_reference():
@@ -325,6 +354,22 @@ def test_kv4_attention_lowers(heads, kv_heads, dim):
     kernel = functools.partial(kv4_attention_split, sm_scale=0.1)
     shapes = (spec((2, heads, dim), jnp.bfloat16), packed, packed, scale, scale, zero, zero)
     assert "triton" in lower(kernel, *shapes, spec((2,), jnp.int32), spec((), jnp.int32))
+
+
+@newer_jax
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(32, 32, 128), (28, 4, 80), (6, 2, 40)])
+@pytest.mark.parametrize("length", [640, 77])
+def test_the_column_sums_lower(monkeypatch, heads, kv_heads, dim, length):
+    monkeypatch.setattr(mass_api, "find_gpu", lambda: Gpu(capability=(9, 0), num_sms=132))
+    spec = jax.ShapeDtypeStruct
+    shapes = (
+        spec((2, length, heads, dim), jnp.bfloat16),
+        spec((2, length, kv_heads, dim), jnp.bfloat16),
+        spec((2,), jnp.int32),
+        spec((2, length), jnp.bool_),
+    )
+    text = lower(functools.partial(attention_mass, sm_scale=0.1), *shapes)
+    assert text.count("custom_call @__gpu$xla.gpu.triton") == 2
 
 
 @newer_jax

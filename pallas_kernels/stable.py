@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -43,6 +45,67 @@ def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Arr
 
     sigmoid = as_stored(jax.nn.sigmoid(gate.astype(jnp.float32)), up.dtype)
     return product(up, product(gate, sigmoid)).astype(up.dtype)
+
+
+def activated(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
+    """One of ``ACTIVATIONS`` in the dtype of ``x``: computed in float32 and really rounded once.
+
+    Raises:
+      KeyError: there is none of this name.
+    """
+    return as_stored(ACTIVATIONS[name](x.astype(jnp.float32)), x.dtype).astype(x.dtype)
+
+
+def _sigmoid_gated(x: Array, argument: Array) -> Array:
+    return rounded(x * rounded(jax.nn.sigmoid(argument)))
+
+
+def _gelu(x: Array) -> Array:
+    return rounded(0.5 * x * jax.lax.erfc(rounded(-x * math.sqrt(0.5))))
+
+
+def _gelu_tanh(x: Array) -> Array:
+    # (1 + tanh(z)) / 2 is the sigmoid of 2 z. XLA's tanh on CPU is not the same in all shapes.
+    cube = rounded(rounded(jnp.square(x)) * x)
+    inner = rounded(x + rounded(0.044715 * cube))
+    return _sigmoid_gated(x, rounded(2 * math.sqrt(2 / math.pi) * inner))
+
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "gelu": _gelu,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "quick_gelu": lambda x: _sigmoid_gated(x, rounded(1.702 * x)),
+    "relu": jax.nn.relu,
+    "silu": lambda x: _sigmoid_gated(x, x),
+}
+"""Of float32, by their names in Hugging Face configurations. Products are rounded before a sum or a
+polynomial could take them in."""
+
+
+def normed(
+    x: Float[Array, "*rows D"],
+    weight: Float[Array, " D"],
+    bias: Float[Array, " D"] | None,
+    eps: float,
+) -> Float[Array, "*rows D"]:
+    """RMSNorm of the last axis, LayerNorm where there is a ``bias``, in the dtype of ``x``.
+
+    Computed in float32; the variance is the mean square of what is left without the mean.
+    """
+    y = rounded(x.astype(jnp.float32))
+    if bias is not None:
+        y = rounded(y - mean(y))
+    power = mean(rounded(jnp.square(y)))
+    y = rounded(y * rounded(jax.lax.rsqrt(power + eps)))
+    y = rounded(y * weight.astype(jnp.float32))
+    if bias is not None:
+        y = y + bias.astype(jnp.float32)
+    return as_stored(y, x.dtype).astype(x.dtype)
+
+
+def mean(x: Float[Array, "*rows D"]) -> Float[Array, "*rows 1"]:
+    """Mean of the last axis in a fixed order."""
+    return rounded(fixed_order_sum(x)[..., None] / x.shape[-1])
 
 
 def exp_difference(x: Array, reference: Array) -> Array:

@@ -261,3 +261,5 @@ def test_a_prefill_at_7b_lowers_to_one_quantization_for_each_matmul(monkeypatch,
     triton, mosaic = (text.count(f"custom_call @{name}") for name in TARGETS)
     # Each loop over layers stands there once; FlatQuant's projector and tower are as the decoder.
     assert (triton, mosaic) == (10, 10)
+    # Norms that no quantization follows: before the tower, and before the head.
+    assert text.count("stablehlo.rsqrt") == 2

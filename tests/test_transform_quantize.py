@@ -150,10 +150,10 @@ def test_the_kernel_lowers_for_the_sizes_of_both_models(inputs, rows):
     a, b = factor_pair(inputs)
     gated = inputs in (3420, 11008)
     sites = Sites(
-        None if gated else spec((3, inputs), jnp.bfloat16),
-        spec((3, a, a), jnp.float32),
-        spec((3, b, b), jnp.float32),
-        spec((3, 2), jnp.float32),
+        norm=None if gated else spec((3, inputs), jnp.bfloat16),
+        left=spec((3, a, a), jnp.float32),
+        right=spec((3, b, b), jnp.float32),
+        clip=spec((3, 2), jnp.float32),
     )
     kernel = functools.partial(transform_quantize_triton, bits=4, eps=1e-5, gated=gated)
     x = spec((rows, 2 * inputs if gated else inputs), jnp.bfloat16)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.accelerator import find_gpu, on_platform
 from pallas_kernels.dispatch import AUTO, resolve
+from pallas_kernels.stable import ACTIVATIONS
 from pallas_kernels.transform_quantize.reference import (
     Quantized,
     Sites,
@@ -24,21 +25,26 @@ def transform_quantize(
     bits: int,
     added: Float[Array, "M K"] | None = None,
     norm: Array | None = None,
+    norm_bias: Array | None = None,
     eps: float = 0.0,
     gated: bool = False,
+    activation: str | None = None,
     left: Array | None = None,
     right: Array | None = None,
     clip: Array | None = None,
     impl: str = AUTO,
 ) -> Quantized:
-    """``Q(T(norm(x + added)))`` or ``Q(T(silu(gate) * up))``: integers for the next matmul.
+    """``Q(T(norm(x + added)))``, ``Q(T(silu(gate) * up))`` or ``Q(T(activation(x)))``: integers for
+    the next matmul.
 
     Args:
       x: rows of the residual stream ``[M, K]``, or with ``gated`` gate and up ``[M, 2K]``.
       layer: index into parameters that are stacks ``[L, ...]``; None: they have no such axis.
       bits: 4 or 8; ``codes`` are int8 in any case.
       added: a sublayer's output; the sum is returned as ``states`` in the dtype of ``x``.
-      norm: RMSNorm weight ``[K]``, with ``eps``.
+      norm: weight ``[K]`` of an RMSNorm, with ``eps``.
+      norm_bias: ``[K]``; given, the norm is a LayerNorm: centred, with this bias.
+      activation: one of ``stable.ACTIVATIONS``, of what comes without a gate.
       left, right: factors ``[a, a]``, ``[b, b]`` of the transform, ``K = a b`` (FlatQuant, Sun et
         al. 2025, section 3.1): a row as a matrix ``a x b`` becomes ``left^T X right``. ``left``
         alone mixes ``a`` heads of ``K / a``.
@@ -46,7 +52,8 @@ def transform_quantize(
       impl: "auto" or the name of an implementation; a named one that cannot run raises ValueError.
 
     ``scale`` is the largest absolute value over ``2^(bits - 1) - 1``; codes are rounded to nearest,
-    ties to even. Sum, gate and norm are rounded to the dtype of ``x``, as separate layers would.
+    ties to even. Sum, gate, activation and norm are rounded to the dtype of ``x``, as separate
+    layers would.
     """
     if bits not in (4, 8):
         raise ValueError(f"transform_quantize: bits must be 4 or 8, got {bits}")
@@ -54,6 +61,19 @@ def transform_quantize(
         raise ValueError("transform_quantize: right needs left")
     if gated and (added is not None or norm is not None):
         raise ValueError("transform_quantize: a gated input has neither a norm nor a sum before it")
+    if norm_bias is not None and norm is None:
+        raise ValueError("transform_quantize: norm_bias needs norm")
+    if activation is not None:
+        if activation not in ACTIVATIONS:
+            raise ValueError(
+                f"transform_quantize: no activation {activation!r}; known: {sorted(ACTIVATIONS)}"
+            )
+        if gated:
+            raise ValueError("transform_quantize: a gated input has an activation already, SiLU")
+        if added is not None or norm is not None:
+            raise ValueError(
+                "transform_quantize: neither a norm nor a sum stands before activation"
+            )
     inputs = x.shape[-1] // 2 if gated else x.shape[-1]
     if left is not None:
         a = left.shape[-1]
@@ -66,14 +86,14 @@ def transform_quantize(
     name = resolve(
         "transform_quantize",
         impl,
-        automatic(inputs, heads),
+        automatic(inputs, heads, activation),
         IMPLEMENTATIONS,
-        refusals(inputs, heads),
+        refusals(inputs, heads, activation),
     )
-    stacks = [norm, left, right, clip]
+    stacks = [norm, norm_bias, left, right, clip]
     if layer is None:
         stacks, layer = [None if a is None else a[None] for a in stacks], 0
-    options = {"bits": bits, "eps": eps, "gated": gated}
+    options = {"bits": bits, "eps": eps, "gated": gated, "activation": activation}
 
     def reference(x, added, sites, layer):
         def own(array):
@@ -92,15 +112,17 @@ def transform_quantize(
     return kernel(*arrays) if impl != AUTO else on_platform("cuda", kernel, reference)(*arrays)
 
 
-def automatic(inputs: int, left: int = 1) -> str:
+def automatic(inputs: int, left: int = 1, activation: str | None = None) -> str:
     """The kernel, where it can run; ``left``: the first factor."""
-    return "xla" if "pallas_triton" in refusals(inputs, left) else "pallas_triton"
+    return "xla" if refusals(inputs, left, activation) else "pallas_triton"
 
 
-def refusals(inputs: int, left: int = 1) -> dict[str, str]:
+def refusals(inputs: int, left: int = 1, activation: str | None = None) -> dict[str, str]:
     """Why the kernel cannot run here."""
     if find_gpu() is None:
         return {"pallas_triton": "it needs an NVIDIA GPU"}
+    if activation == "gelu":
+        return {"pallas_triton": "an exact gelu: Pallas' Triton back end has no error function"}
     if left == 1 and inputs > 32768:
         return {"pallas_triton": f"{inputs} inputs: a program holds at most 32768"}
     sides = left, inputs // left

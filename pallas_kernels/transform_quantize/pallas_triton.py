@@ -14,6 +14,7 @@ here is ``impl="xla"``.
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,8 +57,10 @@ class Work:
     bits: int
     eps: float
     gated: bool
+    activation: str | None
     added: bool
     norm: bool
+    centred: bool
     transform: bool
     right: bool
     clip: bool
@@ -79,7 +82,8 @@ def transform_quantize_triton(
     *,
     bits: int,
     eps: float,
-    gated: bool,
+    gated: bool = False,
+    activation: str | None = None,
     plan: Plan | None = None,
     interpret: bool = False,
 ) -> Quantized:
@@ -95,8 +99,10 @@ def transform_quantize_triton(
         bits=bits,
         eps=eps,
         gated=gated,
+        activation=activation,
         added=added is not None,
         norm=sites.norm is not None,
+        centred=sites.norm_bias is not None,
         transform=transform,
         right=sites.right is not None,
         clip=sites.clip is not None,
@@ -153,11 +159,28 @@ def _everything(reduce: Any, x: Array) -> Array:
     return x
 
 
+def _sigmoid(x: Array) -> Array:
+    return 1.0 / (1.0 + jnp.exp(-x))
+
+
+def _activated(x: Array, name: str) -> Array:
+    """``stable.ACTIVATIONS`` but the exact gelu; all of them keep the zeros of padding."""
+    if name == "relu":
+        return jnp.maximum(x, 0.0)
+    if name == "silu":
+        return x * _sigmoid(x)
+    if name == "quick_gelu":
+        return x * _sigmoid(1.702 * x)
+    assert name == "gelu_pytorch_tanh", name
+    return x * _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x)))
+
+
 def _kernel(*refs: Any, work: Work) -> None:
     given = iter(refs)
     x_ref = next(given)
     added_ref: Any = next(given) if work.added else None
     norm_ref = next(given) if work.norm else None
+    bias_ref = next(given) if work.centred else None
     left_ref = next(given) if work.transform else None
     right_ref = next(given) if work.right else None
     clip_ref: Any = next(given) if work.clip else None
@@ -188,6 +211,9 @@ def _kernel(*refs: Any, work: Work) -> None:
     weight: Any = None
     if work.norm:
         weight = load(norm_ref, layer, place, mask=inside).astype(jnp.float32)
+    bias: Any = None
+    if work.centred:
+        bias = load(bias_ref, layer, place, mask=inside).astype(jnp.float32)
     limit = 2 ** (work.bits - 1) - 1
 
     def row_of(row, mask):
@@ -201,9 +227,17 @@ def _kernel(*refs: Any, work: Work) -> None:
             gate = (x * sigmoid).astype(dtype).astype(jnp.float32)
             up = load(x_ref, row, inputs + place, mask=mask).astype(jnp.float32)
             x = (gate * up).astype(dtype).astype(jnp.float32)
+        if work.activation is not None:
+            x = _activated(x, work.activation).astype(dtype).astype(jnp.float32)
+        if work.centred:
+            x = x - _everything(jnp.sum, x) / inputs
+            if mask is not None:
+                # Padding stands at minus the mean now, and must not count as deviation.
+                x = jnp.where(mask, x, 0.0)
         if work.norm:
             power = _everything(jnp.sum, x * x) / inputs
-            x = (x * lax.rsqrt(power + work.eps) * weight).astype(dtype).astype(jnp.float32)
+            x = x * lax.rsqrt(power + work.eps) * weight
+            x = (x + bias if work.centred else x).astype(dtype).astype(jnp.float32)
         if work.right:
             x = _product(_halves(x.astype(dtype)), right, across=False)
         if work.transform:

@@ -1,4 +1,5 @@
-"""Residual sum, RMSNorm or gate, Kronecker transform, per-token quantization, in plain jnp.
+"""What stands between two matmuls, in plain jnp: residual sum, norm, gate or activation, Kronecker
+transform, quantization by token.
 
 The same operations in the same order as the layers of a model that run them one by one.
 """
@@ -11,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.stable import as_stored, fixed_order_sum, rounded, summed
+from pallas_kernels.stable import activated, normed, rounded, summed
 from pallas_kernels.stable import gated as silu_gated
 
 TINY = 1e-8
@@ -41,6 +42,7 @@ class Sites(NamedTuple):
     """Parameters of one layer; each may be absent. See ``transform_quantize``."""
 
     norm: Float[Array, " K"] | None = None
+    norm_bias: Float[Array, " K"] | None = None
     left: Float[Array, "a a"] | None = None
     right: Float[Array, "b b"] | None = None
     clip: Float[Array, " 2"] | None = None
@@ -53,15 +55,18 @@ def transform_quantize_reference(
     *,
     bits: int,
     eps: float,
-    gated: bool,
+    gated: bool = False,
+    activation: str | None = None,
 ) -> Quantized:
     """See ``pallas_kernels.transform_quantize.transform_quantize``; ``sites`` of one layer."""
     states = None if added is None else summed(x, added)
     x = x if states is None else states
     if gated:
         x = silu_gated(*jnp.split(x, 2, axis=-1))
+    if activation is not None:
+        x = activated(x, activation)
     if sites.norm is not None:
-        x = _rms_norm(x, sites.norm, eps)
+        x = normed(x, sites.norm, sites.norm_bias, eps)
     if sites.left is not None:
         x = _kronecker(x, sites.left, sites.right)
     x = x.astype(jnp.float32)
@@ -74,13 +79,6 @@ def transform_quantize_reference(
     codes = jnp.clip(jnp.round(x / scale[:, None]), -limit - 1, limit)
     scale = jnp.pad(scale, (0, whole(scale.shape[0]) - scale.shape[0]))
     return Quantized(codes.astype(jnp.int8), scale, states)
-
-
-def _rms_norm(x: Float[Array, "M K"], weight: Float[Array, " K"], eps: float) -> Array:
-    y = rounded(x.astype(jnp.float32))
-    power = rounded(fixed_order_sum(rounded(jnp.square(y)))[:, None] / y.shape[-1])
-    y = rounded(y * rounded(jax.lax.rsqrt(power + eps)))
-    return as_stored(y * weight.astype(jnp.float32), x.dtype).astype(x.dtype)
 
 
 def _kronecker(x: Float[Array, "M K"], left: Array, right: Array | None) -> Float[Array, "M K"]:

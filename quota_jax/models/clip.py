@@ -1,6 +1,11 @@
-"""CLIP vision transformer up to the feature layers that the projector reads."""
+"""CLIP vision transformer up to the feature layers that the projector reads.
+
+Packed layers run in few launches (``vision_layers``).
+"""
 
 from __future__ import annotations
+
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import sequence_attention
-from pallas_kernels.stable import exp_difference, fixed_order_sum, rounded
+from pallas_kernels.stable import exp_difference, fixed_order_sum, rounded, summed
 from quota_jax.config import VisionConfig
 from quota_jax.models.build import attention, linear, mlp, norm, tree
+from quota_jax.models.vision_layers import Attend, layer_function, plain_layer
 from quota_jax.nn.linear import matmul
 
 
@@ -66,18 +72,19 @@ class VisionTower(nnx.Module):
         heads = fixed_order_sum(k.astype(jnp.float32).transpose(0, 1, 3, 2))
         return fixed_order_sum(weights), rounded(heads / k.shape[2])
 
-    def layer(
-        self, x: Float[Array, "P V D"], index: Array, tokens: int | None = None
-    ) -> Float[Array, "P V D"]:
-        """One layer; ``tokens``: how many of the V rows are real (None: all)."""
-        layers = self.layers
-        q, k, v = layers.attn.project(layers.norm1(x, index), index)
-        lengths = jnp.full((x.shape[0],), tokens or x.shape[1], jnp.int32)
-        heads = sequence_attention(
-            q, k, v, lengths, sm_scale=self.config.head_dim**-0.5, causal=False
+    def layer(self, x: Float[Array, "P V D"], index: Array) -> Float[Array, "P V D"]:
+        """One layer, module by module, as calibration has to see it."""
+        attend = self._attention(*x.shape[:2])
+        return summed(*plain_layer(self.layers, (x, jnp.zeros_like(x)), index, attend))
+
+    def _attention(self, pictures: int, tokens: int) -> Attend:
+        """Among the first ``tokens`` rows of each picture."""
+        return functools.partial(
+            sequence_attention,
+            lengths=jnp.full((pictures,), tokens, jnp.int32),
+            sm_scale=self.config.head_dim**-0.5,
+            causal=False,
         )
-        x = x + layers.attn.output(heads.astype(x.dtype), index)
-        return x + layers.mlp(layers.norm2(x, index), index)
 
     def __call__(
         self, pixels: Float[Array, "P C height width"], states: tuple[int, ...]
@@ -90,10 +97,13 @@ class VisionTower(nnx.Module):
             # Matmul kernels take rows by eight: made so once, not before each of them.
             x = jnp.pad(x, [(0, 0), (0, -tokens % 8), (0, 0)])
 
-        def layer(x, index):
-            return self.layer(x, index, tokens), None
+        run, attend = layer_function(self.layers), self._attention(x.shape[0], tokens)
 
+        def layer(carry, index):
+            return run(self.layers, carry, index, attend), None
+
+        carry = x, jnp.zeros_like(x)
         for state in sorted(set(states) - {0}):
-            x, _ = jax.lax.scan(layer, x, jnp.arange(done, state))
-            found[state], done = x[:, :tokens], state
+            carry, _ = jax.lax.scan(layer, carry, jnp.arange(done, state))
+            found[state], done = summed(*carry)[:, :tokens], state
         return jnp.concatenate([found[state] for state in states], axis=-1)

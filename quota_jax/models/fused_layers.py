@@ -1,8 +1,9 @@
-"""Packed 4-bit decoder layers in few launches: what prefill and decoding share.
+"""Packed 4-bit layers in few launches: what prefill, decoding and vision towers share.
 
-Whatever stands between two matmuls (residual sum, norm, gate, transform, quantization) is one
-launch, ``transform_quantize``. A sublayer's output is added to the residual stream by the launch
-that reads it next, so states travel as a pair: ``states`` and what is still to be ``added``.
+Whatever stands between two matmuls (residual sum, norm, gate or activation, transform,
+quantization) is one launch, ``transform_quantize``. A sublayer's output is added to the residual
+stream by the launch that reads it next, so states travel as a pair: ``states`` and what is still to
+be ``added``.
 
 It computes what the modules of the layers compute one by one, with the same roundings in the same
 order: on a CPU bit by bit, with any kernel as near as the kernel is to its reference.
@@ -20,16 +21,14 @@ from quota_jax.nn.norm import Norm
 
 
 def obstacle(layers: Any) -> str | None:
-    """Why a stack of decoder layers cannot run here; None if it can.
+    """Why a stack of layers cannot run here; None if it can.
 
-    It needs packed 4-bit weights with one scale for each output channel, 4- or 8-bit activations,
-    RMSNorm, and a SiLU gate.
+    It needs packed 4-bit weights with one scale for each output channel and 4- or 8-bit
+    activations; a gate, if there is one, must be SiLU's. Norms may be of either kind.
     """
-    if layers.norm1.centred or layers.norm2.centred:
-        return "the norms are no RMSNorm"
-    if not layers.mlp.gated or layers.mlp.hidden_act != "silu":
+    if layers.mlp.gated and layers.mlp.hidden_act != "silu":
         return "the feed-forward block is not gated by SiLU"
-    for linear in (layers.attn.qkv, layers.attn.o, layers.mlp.gate_up, layers.mlp.down):
+    for linear in (layers.attn.qkv, layers.attn.o, layers.mlp.expand, layers.mlp.down):
         if (reason := linear.obstacle) is not None:
             return reason
         if "input_scale" in linear.names:
@@ -55,12 +54,16 @@ def feed_forward(
     layers: Any, states: Float[Array, "M D"], added: Float[Array, "M D"], at: Array
 ) -> tuple[Array, Array]:
     """The states with what attention added, and what the feed-forward block adds to them."""
-    expand, down = layers.mlp.gate_up, layers.mlp.down
+    expand, down = layers.mlp.expand, layers.mlp.down
+    act = {"gated": True} if layers.mlp.gated else {"activation": layers.mlp.hidden_act}
     rows = _normed(expand, layers.norm2, states, added, at)
     hidden = expand.multiply(rows, at, states.dtype)
-    rows_down = down.quantize(hidden, at, gated=True)
+    rows_down = down.quantize(hidden, at, **act)
     return rows.states, down.multiply(rows_down, at, states.dtype)
 
 
 def _normed(linear: Linear, norm: Norm, states: Array, added: Array, at: Array) -> Any:
-    return linear.quantize(states, at, added=added, norm=norm.scale[...], eps=norm.eps)
+    bias = norm.bias[...] if norm.centred else None
+    return linear.quantize(
+        states, at, added=added, norm=norm.scale[...], norm_bias=bias, eps=norm.eps
+    )

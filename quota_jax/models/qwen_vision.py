@@ -14,9 +14,11 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import sequence_attention
+from pallas_kernels.stable import summed
 from quota_jax.batch import Patches
 from quota_jax.config import QwenVisionConfig
 from quota_jax.models.build import attention, linear, mlp, norm, tree
+from quota_jax.models.vision_layers import Attend, layer_function, plain_layer
 from quota_jax.nn.linear import matmul
 from quota_jax.nn.rope import axial_angles, rotate
 
@@ -47,16 +49,21 @@ class QwenVisionTower(nnx.Module):
     def layer(
         self, x: Float[Array, "P N D"], index: Array, patches: Patches, angles, *, full: bool
     ) -> Float[Array, "P N D"]:
-        layers = self.layers
-        q, k, v = layers.attn.project(layers.norm1(x, index), index)
-        q, k = rotate(q, *angles), rotate(k, *angles)
+        """One layer, module by module, as calibration has to see it."""
+        attend = self._attention(patches, angles, full)
+        return summed(*plain_layer(self.layers, (x, jnp.zeros_like(x)), index, attend))
+
+    def _attention(self, patches: Patches, angles, full: bool) -> Attend:
+        """Among the patches of each picture, or of each window."""
         scale = self.config.head_dim**-0.5
-        if full:
-            heads = sequence_attention(q, k, v, patches.lengths, sm_scale=scale, causal=False)
-        else:
-            heads = self._window_attention(q, k, v, patches, scale)
-        x = x + layers.attn.output(heads.astype(x.dtype), index)
-        return x + layers.mlp(layers.norm2(x, index), index)
+
+        def attend(q, k, v):
+            q, k = rotate(q, *angles), rotate(k, *angles)
+            if full:
+                return sequence_attention(q, k, v, patches.lengths, sm_scale=scale, causal=False)
+            return self._window_attention(q, k, v, patches, scale)
+
+        return attend
 
     def _window_attention(self, q, k, v, patches: Patches, scale: float):
         """Attention among the patches of each window: windows are rows of a batch."""
@@ -86,10 +93,12 @@ class QwenVisionTower(nnx.Module):
         x = self.embed(patches.values)
         angles = axial_angles(config.head_dim, config.rope_theta, patches.coordinates)
         is_full = [i in config.full_attention_layers for i in range(config.num_layers)]
-        for full, run in groupby(range(config.num_layers), key=is_full.__getitem__):
+        run, carry = layer_function(self.layers), (x, jnp.zeros_like(x))
+        for full, indices in groupby(range(config.num_layers), key=is_full.__getitem__):
+            attend = self._attention(patches, angles, full)
 
-            def body(x, index, full=full):
-                return self.layer(x, index, patches, angles, full=full), None
+            def layer(carry, index, attend=attend):
+                return run(self.layers, carry, index, attend), None
 
-            x, _ = jax.lax.scan(body, x, jnp.asarray(list(run), jnp.int32))
-        return x
+            carry, _ = jax.lax.scan(layer, carry, jnp.asarray(list(indices), jnp.int32))
+        return summed(*carry)

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.stable import gated, rounded
+from pallas_kernels.stable import activated, gated
 from quota_jax.nn.linear import Linear
 
 
 def activation(name: str) -> Callable[[Array], Array]:
     """The activation of a Hugging Face ``hidden_act``."""
-    return {
-        "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-        "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-        "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-        "relu": jax.nn.relu,
-        "silu": jax.nn.silu,
-    }[name]
+    return functools.partial(activated, name=name)
 
 
 class Mlp(nnx.Module):
@@ -37,11 +31,16 @@ class Mlp(nnx.Module):
         self.hidden_act = hidden_act
         self.gated = gated
 
+    @property
+    def expand(self) -> Linear:
+        """The linear before the activation."""
+        return self.gate_up if self.gated else self.up
+
     def __call__(self, x: Float[Array, "*rows D"], layer: Array | int | None = None) -> Array:
         act = activation(self.hidden_act)
         if self.gated:
             gate, up = jnp.split(self.gate_up(x, layer), 2, axis=-1)
             if self.hidden_act == "silu":
                 return self.down(gated(gate, up), layer)
-            return self.down(rounded(act(gate)) * up, layer)
-        return self.down(rounded(act(self.up(x, layer))), layer)
+            return self.down(act(gate) * up, layer)
+        return self.down(act(self.up(x, layer)), layer)

@@ -5,18 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from pallas_kernels.stable import as_stored, fixed_order_sum, rounded
+from pallas_kernels.stable import normed
 from quota_jax.nn.linear import take
-
-
-def mean(x: Float[Array, "*rows D"]) -> Float[Array, "*rows 1"]:
-    """Mean of the last axis in a fixed order."""
-    return rounded(fixed_order_sum(x)[..., None] / x.shape[-1])
 
 
 class Norm(nnx.Module):
@@ -33,12 +26,5 @@ class Norm(nnx.Module):
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows D"], layer: Array | int | None = None) -> Array:
-        y = rounded(x.astype(jnp.float32))
-        if self.centred:
-            y = rounded(y - mean(y))
-        power = mean(rounded(jnp.square(y)))
-        y = rounded(y * rounded(jax.lax.rsqrt(power + self.eps)))
-        y = rounded(y * take(self.scale, layer).astype(jnp.float32))
-        if self.centred:
-            y = y + take(self.bias, layer).astype(jnp.float32)
-        return as_stored(y, x.dtype).astype(x.dtype)
+        bias = take(self.bias, layer) if self.centred else None
+        return normed(x, take(self.scale, layer), bias, self.eps)

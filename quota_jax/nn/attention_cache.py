@@ -118,6 +118,11 @@ class CacheQuantizer(nnx.Module):
         return ChannelKeys(*self.grid(layer), *angles)
 
     @property
+    def packs(self) -> bool:
+        """Whether it stores 4-bit codes by token, which ``kv4_encode`` and ``kv4_append`` make."""
+        return self.bits == 4 and not self.by_channel
+
+    @property
     def _clips(self) -> bool:
         return "clip" in self.names and self.bits < 16
 

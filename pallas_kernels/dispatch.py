@@ -16,8 +16,8 @@ from collections.abc import Collection, Mapping
 AUTO = "auto"
 LEFT_TO_XLA = "QUOTA_JAX_XLA"
 OPERATIONS = (
-    "int4_matmul", "transform_quantize", "kv4_append", "kv4_attention", "sequence_attention",
-    "attention_mass",
+    "int4_matmul", "transform_quantize", "kv4_encode", "kv4_append", "kv4_attention",
+    "sequence_attention", "attention_mass",
 )  # fmt: skip
 
 
@@ -55,6 +55,7 @@ def choices() -> list[tuple[str, str, str]]:
     from pallas_kernels.int4_matmul.api import automatic as matmul
     from pallas_kernels.kv4_append.api import automatic as append
     from pallas_kernels.kv4_attention.api import automatic as decode
+    from pallas_kernels.kv4_encode.api import automatic as encode
     from pallas_kernels.transform_quantize.api import automatic as quantize
 
     rows = [
@@ -65,6 +66,7 @@ def choices() -> list[tuple[str, str, str]]:
         ("transform_quantize", f"{name}, transformed", quantize(a * b, a))
         for name, (a, b) in {"4096": (64, 64), "18944": (128, 148)}.items()
     ]
+    rows.append(("kv4_encode", "heads of 128", encode(128)))
     rows.append(("kv4_append", "any", append()))
     rows.append(("kv4_attention", "32 heads of 128", decode(128)))
     for dtype in ("bfloat16", "float32"):

@@ -147,6 +147,7 @@ def test_inspect_names_the_kernels(output) -> None:
         for operation in (
             "int4_matmul",
             "transform_quantize",
+            "kv4_encode",
             "kv4_append",
             "kv4_attention",
             "sequence_attention",

@@ -15,6 +15,7 @@ import pytest
 import pallas_kernels.int4_matmul.api as matmul_api
 import pallas_kernels.kv4_append.api as append_api
 import pallas_kernels.kv4_attention.api as attention_api
+import pallas_kernels.kv4_encode.api as encode_api
 import pallas_kernels.transform_quantize.api as quantize_api
 import quota_jax as qj
 import quota_jax.models.decoder as decoder
@@ -248,10 +249,10 @@ def test_a_layer_of_a_7b_model_lowers_to_eleven_kernels(monkeypatch, preset, met
 
 @newer_jax
 @pytest.mark.parametrize("method", ["RTN", "FlatQuant"])
-def test_a_prefill_at_7b_lowers_to_one_quantization_for_each_matmul(monkeypatch, method):
+def test_a_prefill_at_7b_lowers_to_one_launch_between_matmuls(monkeypatch, method):
     """Tower, projector and decoder, as "auto" chooses on a Hopper GPU; attention is cuDNN's, which
     is not there to be lowered."""
-    for api in (matmul_api, quantize_api):
+    for api in (matmul_api, quantize_api, encode_api):
         monkeypatch.setattr(api, "find_gpu", lambda: HOPPER)
     monkeypatch.setenv("QUOTA_JAX_XLA", "sequence_attention")
     config = PRESETS["llava_1_5_7b"]
@@ -260,6 +261,9 @@ def test_a_prefill_at_7b_lowers_to_one_quantization_for_each_matmul(monkeypatch,
     text = lower(functools.partial(qj.prefill, recipe=None), model, batch)
     triton, mosaic = (text.count(f"custom_call @{name}") for name in TARGETS)
     # Each loop over layers stands there once; FlatQuant's projector and tower are as the decoder.
-    assert (triton, mosaic) == (10, 10)
+    assert (triton, mosaic) == (11, 10)
     # Norms that no quantization follows: before the tower, and before the head.
     assert text.count("stablehlo.rsqrt") == 2
+    # Codes are written in place: nothing copies a layer's into the stack.
+    updates = [line for line in text.splitlines() if "dynamic_update_slice" in line]
+    assert not any("ui8" in line for line in updates)

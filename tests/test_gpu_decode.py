@@ -1,5 +1,5 @@
-"""The kernels of a fused decode step on the GPU against their references, and the whole step
-against the modules one by one (`make test-gpu`)."""
+"""The kernels of a fused decode step, and the one that fills a prompt's cache, on the GPU against
+their references, and the whole step against the modules one by one (`make test-gpu`)."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels.kv4_append import kv4_append
+from pallas_kernels.kv4_attention import dequantize
+from pallas_kernels.kv4_encode import kv4_encode
 from pallas_kernels.packing import unpack_uint4
 from pallas_kernels.transform_quantize import transform_quantize
 from quota_jax.models.fused_decode import obstacle
@@ -178,6 +180,55 @@ def test_kv4_append_equals_the_reference(rng, heads, full):
             for a in (new, other)
         ]
         off = np.abs(read[0] - read[1]) / other_step[:, None]
+        assert off.max() <= 2.2
+        assert off.mean() <= 0.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("rows", [5, 640])
+@pytest.mark.parametrize("heads", [(32, 32, 128), (28, 4, 128), (6, 2, 40), (4, 4, 80)])
+def test_kv4_encode_equals_the_reference(rng, heads, rows, full, dtype):
+    """Queries within a rounding, codes within 1 of those of the same scale; what is read back are
+    the codes' own values, and the other layer's stack stays."""
+    (num_heads, kv_heads, dim), dtype = heads, jnp.dtype(dtype)
+    shape = (2, rows, kv_heads)
+
+    def stored():
+        codes = jnp.asarray(rng.integers(0, 256, (*shape, dim // 2)), jnp.uint8)
+        scale = jnp.asarray(rng.random(shape), jnp.bfloat16)
+        return codes, scale, jnp.asarray(rng.integers(0, 16, shape), jnp.uint8)
+
+    angle = draw(rng, rows, dim // 2, scale=3)
+    qkv = draw(rng, rows, (num_heads + 2 * kv_heads) * dim, dtype=dtype)
+    key, value = stored(), stored()
+    options: dict[str, Any] = {"site_layer": 2, "read_dtype": dtype}
+    if full:
+        for name in ("query_transform", "key_transform"):
+            options[name] = draw(rng, 3, dim, dim, scale=dim**-0.5)
+        options["clip"] = jnp.asarray(rng.uniform(0.7, 1.0, (3, 2, 2)), jnp.float32)
+    arrays = qkv, jnp.cos(angle), jnp.sin(angle), key, value, 1
+    found = kv4_encode(*arrays, **options, impl="pallas_triton")
+    expected = kv4_encode(*arrays, **options, impl="xla")
+    assert found.query.dtype == found.key.dtype == found.value.dtype == dtype
+    query, reference = (np.asarray(a.query, np.float32) for a in (found, expected))
+    # A transform's operands keep 16 bits in the kernel.
+    near = 2 * BFLOAT16 if dtype == jnp.bfloat16 else 1e-4
+    assert np.abs(query - reference).max() <= near * np.abs(reference).max()
+    for new, other, old, read in (
+        (found.stored[0], expected.stored[0], key, found.key),
+        (found.stored[1], expected.stored[1], value, found.value),
+    ):
+        for after, before in zip(new, old, strict=True):
+            np.testing.assert_array_equal(after[0], before[0])
+        own, others = ([array[1] for array in stack] for stack in (new, other))
+        step, other_step = (np.asarray(a[1], np.float32) for a in (own, others))
+        np.testing.assert_allclose(step, other_step, rtol=2 * BFLOAT16)
+        assert_near(own[2], others[2], 0.1)
+        back = np.asarray(dequantize(*own))
+        np.testing.assert_array_equal(read, jnp.asarray(back).astype(dtype))
+        # What is read back: within two steps, one for the code and one for the zero.
+        off = np.abs(back - np.asarray(dequantize(*others))) / other_step[..., None]
         assert off.max() <= 2.2
         assert off.mean() <= 0.1
 

@@ -63,6 +63,16 @@ def sequence_attention(
     return library(*arrays) if impl != AUTO else on_platform("cuda", library, reference)(*arrays)
 
 
+def operand_dtype(dtype: Any, head_dim: int) -> Any:
+    """Dtype that ``sequence_attention`` converts keys and values to, beside queries of ``dtype``.
+
+    Who makes them in it spares the conversion. It holds for what "auto" runs on the accelerator
+    that is there: in a program for the CPU of a machine with a GPU they are rounded once more.
+    """
+    name = resolve("sequence_attention", AUTO, automatic(dtype, head_dim), IMPLEMENTATIONS, {})
+    return dtype if name == "cudnn" else jnp.float32
+
+
 def automatic(dtype: Any, head_dim: int) -> str:
     """cuDNN wherever it can run."""
     return "xla" if "cudnn" in refusals(dtype, head_dim) else "cudnn"

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.accelerator import find_gpu, on_platform
 from pallas_kernels.dispatch import AUTO, resolve
 from pallas_kernels.kv4_append.reference import Appended, Packed, Sites, kv4_append_reference
+from pallas_kernels.kv4_encode.reference import query_heads
 
 IMPLEMENTATIONS = ("pallas_triton", "xla")
 
@@ -37,7 +38,8 @@ def kv4_append(
       qkv: the fused projection of one token per sample, ``N + 2 K`` heads of ``H``: queries, keys,
         values.
       cos, sin: rotary angles, ``[B, H/2]``; pair ``(i, i + H/2)`` of a head is turned in float32.
-      key, value: codes, scales and zeros of the whole stack of layers. Donated where they can be.
+      key, value: codes ``[L, B, K, S, H/2]``, scales and zeros ``[L, B, K, S]`` of the whole stack
+        of layers. Donated where they can be.
       lengths: tokens that each sample has; one with ``S`` of them is left as it is.
       layer: index into the caches. site_layer: index into the following, if it is another one.
       query_transform, key_transform: multiplied to each rotated query and key (FlatQuant's P_k).
@@ -49,12 +51,7 @@ def kv4_append(
     Asymmetric 4-bit per token per head, ``x ~ scale * (code - zero)`` with the scale rounded to its
     stored dtype first; the range always contains 0.
     """
-    head_dim = 2 * cos.shape[-1]
-    if qkv.shape[-1] % head_dim or qkv.shape[-1] // head_dim <= 2 * key[0].shape[2]:
-        raise ValueError(
-            f"kv4_append: {qkv.shape[-1]} values are no queries beside 2 x {key[0].shape[2]} heads "
-            f"of {head_dim}"
-        )
+    query_heads("kv4_append", qkv.shape[-1], 2 * cos.shape[-1], key[0].shape[2])
     name = resolve("kv4_append", impl, automatic(), IMPLEMENTATIONS, refusals())
     layer = jnp.asarray(layer, jnp.int32)
     place = layer if site_layer is None else jnp.asarray(site_layer, jnp.int32)

@@ -20,10 +20,9 @@ from jax import lax
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.kv4_append.reference import LEVELS, TINY, Appended, Packed, Sites
+from pallas_kernels.kv4_append.reference import Appended, Packed, Sites
+from pallas_kernels.kv4_encode.pallas_triton import quantized
 
-ROUND, ROUND_BITS = 12582912.0, 0x4B400000
-"""See ``transform_quantize.pallas_triton``."""
 ROWS = 16
 """Rows of a transform's matrix that are in registers at a time."""
 
@@ -82,11 +81,6 @@ def kv4_append_triton(
         *caches,
     )
     return Appended(query, tuple(new[:3]), tuple(new[3:]))
-
-
-def _nearest(x: Array) -> Array:
-    """The nearest integer of a small number, ties to even, int32."""
-    return lax.bitcast_convert_type(x + ROUND, jnp.int32) - ROUND_BITS
 
 
 def _kernel(
@@ -158,15 +152,10 @@ def _kernel(
     def write(refs, kv_head, parts, which):
         """Quantizes the head over its range and stores codes, scale and zero."""
         codes_ref, scale_ref, zero_ref = refs
-        low = jnp.minimum(jnp.minimum(*parts).min(), 0.0)
-        high = jnp.maximum(jnp.maximum(*parts).max(), 0.0)
+        clip = None
         if clip_ref is not None:
-            low = low * clip_ref[site_ref[0], which, 1]
-            high = high * clip_ref[site_ref[0], which, 0]
-        scale = (jnp.maximum(high - low, TINY) / LEVELS).astype(scale_ref.dtype)
-        step = scale.astype(jnp.float32)
-        zero = _nearest(jnp.clip(-low / step, 0, LEVELS))
-        codes = [jnp.clip(_nearest(part / step) + zero, 0, LEVELS) for part in parts]
+            clip = clip_ref[site_ref[0], which, 0], clip_ref[site_ref[0], which, 1]
+        codes, scale, zero = quantized(parts, clip, scale_ref.dtype)
         packed = (codes[0] | (codes[1] << 4)).astype(jnp.uint8)
         plt.store(codes_ref.at[layer, sample, kv_head, length, byte], packed, mask=inside)
         scale_ref[layer, sample, kv_head, length] = scale

@@ -26,10 +26,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.transform_quantize.reference import TINY, Quantized, Sites, whole
-
-ROUND, ROUND_BITS = 12582912.0, 0x4B400000
-"""1.5 x 2^23 and its bits: added to a small number, it leaves the nearest integer (ties to even) in
-the low bits of the sum."""
+from pallas_kernels.triton_arithmetic import halves, nearest, product
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -128,31 +125,6 @@ def transform_quantize_triton(
     return Quantized(codes, scale, states[0] if states else None)
 
 
-def _halves(x: Array) -> tuple[Array, ...]:
-    """bfloat16 parts whose sum is ``x`` to 16 bits; one where ``x`` is bfloat16."""
-    if x.dtype == jnp.bfloat16:
-        return (x,)
-    high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
-def _product(left: tuple[Array, ...], right: tuple[Array, ...], *, across: bool) -> Array:
-    """``left right`` (``left^T right`` with ``across``) of split operands, float32."""
-    total: Any = None
-    contracted = 0 if across else 1
-    for i, one in enumerate(left):
-        for j, other in enumerate(right):
-            if i + j < 2:
-                part = lax.dot_general(
-                    one,
-                    other,
-                    (((contracted,), (0,)), ((), ())),
-                    preferred_element_type=jnp.float32,
-                )
-                total = part if total is None else total + part
-    return total
-
-
 def _everything(reduce: Any, x: Array) -> Array:
     for _ in range(x.ndim):
         x = reduce(x, axis=-1)
@@ -204,7 +176,7 @@ def _kernel(*refs: Any, work: Work) -> None:
         """The two parts of a square factor."""
         k = jnp.arange(padded)
         mask = None if size == padded else (k[:, None] < size) & (k[None] < size)
-        return _halves(load(ref, layer, k[:, None], k[None], mask=mask).astype(jnp.float32))
+        return halves(load(ref, layer, k[:, None], k[None], mask=mask).astype(jnp.float32))
 
     left = factor(left_ref, a, tile[0]) if work.transform else ()
     right = factor(right_ref, b, tile[1]) if work.right else ()
@@ -239,9 +211,9 @@ def _kernel(*refs: Any, work: Work) -> None:
             x = x * lax.rsqrt(power + work.eps) * weight
             x = (x + bias if work.centred else x).astype(dtype).astype(jnp.float32)
         if work.right:
-            x = _product(_halves(x.astype(dtype)), right, across=False)
+            x = product(halves(x.astype(dtype)), right, across=False)
         if work.transform:
-            x = _product(left, _halves(x if work.right else x.astype(dtype)), across=True)
+            x = product(left, halves(x if work.right else x.astype(dtype)), across=True)
         if work.clip:
             largest = jnp.maximum(
                 _everything(jnp.max, x) * clip_ref[layer, 0],
@@ -251,7 +223,7 @@ def _kernel(*refs: Any, work: Work) -> None:
             largest = _everything(jnp.max, jnp.abs(x))
         scale = jnp.maximum(largest, TINY) / limit
         x = jnp.clip(x / scale, -limit - 1, limit)
-        codes = lax.bitcast_convert_type(x + ROUND, jnp.int32) - ROUND_BITS
+        codes = nearest(x)
         plt.store(codes_ref.at[row, place], codes.astype(jnp.int8), mask=mask)
         scale_ref[row] = scale
 

@@ -13,11 +13,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import sequence_attention
-from pallas_kernels.stable import exp_difference, fixed_order_sum, rounded, summed
+from pallas_kernels.stable import exp_difference, fixed_order_sum, matmul, rounded, summed
 from quota_jax.config import VisionConfig
 from quota_jax.models.build import attention, linear, mlp, norm, tree
 from quota_jax.models.vision_layers import Attend, layer_function, plain_layer
-from quota_jax.nn.linear import matmul
 
 
 class VisionTower(nnx.Module):

@@ -20,7 +20,7 @@ from pallas_kernels.attention import sequence_attention
 from pallas_kernels.stable import summed
 from quota_jax.config import TextConfig
 from quota_jax.kv_cache import CacheGroup, grow, round_up, with_room
-from quota_jax.models import fused_layers
+from quota_jax.models import fused_layers, fused_prefill
 from quota_jax.models.build import attention, mlp, module_bits, norm, tree
 from quota_jax.models.fused_decode import obstacle, run_layers
 from quota_jax.nn.attention_cache import Angles, CacheQuantizer, Stored
@@ -123,21 +123,20 @@ class Decoder(nnx.Module):
         if start >= stop:
             return x, start
 
-        fused = fused_layers.obstacle(self.layers) is None
-        if fused:
+        if fused_layers.obstacle(self.layers) is None:
             angles = rotary_angles(self.config, sequence.positions)
-            layer = functools.partial(self._fused_layer, sequence, angles)
+            pair, stored = fused_prefill.run_layers(
+                self.layers, x, sequence, angles, start, stop - start, sm_scale=self._sm_scale
+            )
         else:
-            layer = functools.partial(self._plain_layer, sequence)
-        states = x.reshape(-1, x.shape[-1]) if fused else x
-        # A layer's last sum is left to the next one: see ``_run_layers``.
-        (states, added), stored = jax.lax.scan(
-            layer,
-            (states, jnp.zeros_like(states)),
-            jnp.arange(start, stop, dtype=jnp.int32),
-        )
+            pair, stored = jax.lax.scan(
+                functools.partial(self._plain_layer, sequence),
+                (x, jnp.zeros_like(x)),
+                jnp.arange(start, stop, dtype=jnp.int32),
+            )
         caches.append(LayerCache(stored, sequence, sequence.positions))
-        return summed(states, added).reshape(x.shape), stop
+        # A layer's last sum is left to the next one: see ``_run_layers``.
+        return summed(*pair), stop
 
     def _plain_layer(self, sequence: Sequence, carry: tuple[Array, Array], at: Array):
         """``layer`` of states to which something is still to be added, and what it adds itself."""
@@ -145,20 +144,6 @@ class Decoder(nnx.Module):
         inner = self.project(x, sequence, at)
         x = self._attend(x, sequence, at, inner)
         return (x, self.layers.mlp(self.layers.norm2(x, at), at)), inner.stored
-
-    def _fused_layer(
-        self, sequence: Sequence, angles: Angles, carry: tuple[Array, Array], at: Array
-    ):
-        """``_plain_layer`` in few launches; states and what is added are rows ``[B S, D]``."""
-        layers, (states, added) = self.layers, carry
-        states, rows = fused_layers.attention_input(layers, states, added, at)
-        joined = layers.attn.qkv.multiply(rows, at, states.dtype)
-        heads = layers.attn.heads(joined.reshape(*sequence.source.shape, -1))
-        query, key, value, stored = layers.cache(heads, angles, at, states.dtype)
-        found = sequence_attention(query, key, value, sequence.lengths, sm_scale=self._sm_scale)
-        found = found.astype(states.dtype).reshape(states.shape[0], -1)
-        added = fused_layers.attention_output(layers, found, at)
-        return fused_layers.feed_forward(layers, states, added, at), stored
 
     def layer(self, x: Float[Array, "B S D"], sequence: Sequence, index: Array):
         """One layer on all its tokens: the new states, and what its cache stores."""

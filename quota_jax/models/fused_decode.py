@@ -22,8 +22,7 @@ from pallas_kernels.kv4_attention import kv4_attention
 from pallas_kernels.stable import summed
 from quota_jax.kv_cache import CacheGroup
 from quota_jax.models import fused_layers
-from quota_jax.nn.attention_cache import Angles, CacheQuantizer
-from quota_jax.nn.linear import Linear
+from quota_jax.nn.attention_cache import Angles
 
 CacheArrays = tuple[tuple[Array, ...], tuple[Array, ...]]
 
@@ -57,8 +56,8 @@ def run_layers(
       angles: cosine and sine of the new tokens, ``[B, H/2]``.
     """
     qkv = layers.attn.qkv
-    sites = _stacks(layers.cache, "query_transform", "key_transform", "clip")
-    sites |= _stacks(qkv, "bias")
+    sites = fused_layers.stacks(layers.cache, "query_transform", "key_transform", "clip")
+    sites |= fused_layers.stacks(qkv, "bias")
     reach = group.lengths + 1
 
     def layer(carry: Any, index: Array) -> tuple[Any, None]:
@@ -99,8 +98,3 @@ def run_layers(
         layer, start, jnp.arange(group.num_layers, dtype=jnp.int32)
     )
     return summed(states, added), (key, value)
-
-
-def _stacks(module: Linear | CacheQuantizer, *names: str) -> dict[str, Any]:
-    """Those of the parameters ``[L, ...]`` that the module has."""
-    return {name: getattr(module, name)[...] for name in names if name in module.names}

@@ -16,6 +16,7 @@ from typing import Any
 from jaxtyping import Array, Float
 
 from pallas_kernels.transform_quantize import Quantized
+from quota_jax.nn.attention_cache import CacheQuantizer
 from quota_jax.nn.linear import Linear
 from quota_jax.nn.norm import Norm
 
@@ -60,6 +61,11 @@ def feed_forward(
     hidden = expand.multiply(rows, at, states.dtype)
     rows_down = down.quantize(hidden, at, **act)
     return rows.states, down.multiply(rows_down, at, states.dtype)
+
+
+def stacks(module: Linear | CacheQuantizer, *names: str) -> dict[str, Any]:
+    """Those of the parameters ``[L, ...]`` that the module has."""
+    return {name: getattr(module, name)[...] for name in names if name in module.names}
 
 
 def _normed(linear: Linear, norm: Norm, states: Array, added: Array, at: Array) -> Any:

@@ -22,10 +22,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.packing import pack_int4
-from pallas_kernels.stable import rounded
+from pallas_kernels.stable import matmul, rounded
 from quota_jax.errors import QuotaError
 from quota_jax.kv_cache import ChannelKeys, decode_channels, encode
-from quota_jax.nn.linear import matmul, take
+from quota_jax.nn.linear import take
 from quota_jax.nn.rope import rotate
 from quota_jax.quant.cache_quantizers import (
     channel_grid,
@@ -116,6 +116,11 @@ class CacheQuantizer(nnx.Module):
         if angles is None:
             return None
         return ChannelKeys(*self.grid(layer), *angles)
+
+    @property
+    def packs(self) -> bool:
+        """Whether it stores 4-bit codes by token, which ``kv4_encode`` and ``kv4_append`` make."""
+        return self.bits == 4 and not self.by_channel
 
     @property
     def _clips(self) -> bool:

@@ -1,0 +1,47 @@
+"""Arithmetic inside Pallas-Triton kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+ROUND, ROUND_BITS = 12582912.0, 0x4B400000
+"""1.5 x 2^23 and its bits: added to a small number, it leaves the nearest integer (ties to even) in
+the low bits of the sum."""
+
+
+def nearest(x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
+    """The nearest integer (ties to even), int32; of numbers beyond 2^22 only the order is kept."""
+    return lax.bitcast_convert_type(x + ROUND, jnp.int32) - ROUND_BITS
+
+
+def halves(x: Float[Array, "*shape"]) -> tuple[Array, ...]:
+    """bfloat16 parts whose sum is ``x`` to 16 bits; one where ``x`` is bfloat16."""
+    if x.dtype == jnp.bfloat16:
+        return (x,)
+    high = x.astype(jnp.bfloat16)
+    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
+
+
+def product(left: tuple[Array, ...], right: tuple[Array, ...], *, across: bool) -> Array:
+    """``left right`` (``left^T right`` with ``across``) of operands split by ``halves``, float32.
+
+    All products of parts but that of the two small ones, on tensor cores: every side is a power of
+    two, 16 at least.
+    """
+    total: Any = None
+    contracted = 0 if across else 1
+    for i, one in enumerate(left):
+        for j, other in enumerate(right):
+            if i + j < 2:
+                part = lax.dot_general(
+                    one,
+                    other,
+                    (((contracted,), (0,)), ((), ())),
+                    preferred_element_type=jnp.float32,
+                )
+                total = part if total is None else total + part
+    return total

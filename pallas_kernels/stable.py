@@ -45,6 +45,25 @@ def gated(gate: Float[Array, "*shape"], up: Float[Array, "*shape"]) -> Float[Arr
     return product(up, product(gate, sigmoid)).astype(up.dtype)
 
 
+def matmul(x: Float[Array, "M K"], weight: Float[Array, "N K"]) -> Float[Array, "M N"]:
+    """``x weight^T`` accumulated in float32 (float32 inputs: highest precision), in float32.
+
+    A single row is computed as two: XLA's matrix-vector code sums in another order on CPU, and a
+    token's result must not depend on how many rows stand beside it.
+    """
+    rows = x.shape[0]
+    if rows == 1:
+        x = jnp.concatenate([x, x])
+    out = jax.lax.dot_general(
+        x,
+        weight,
+        (((1,), (1,)), ((), ())),
+        precision="highest" if x.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+    return out[:rows]
+
+
 def exp_difference(x: Array, reference: Array) -> Array:
     """``exp(x - reference)`` without the subtraction being contracted into the polynomial of
     ``exp``."""

@@ -30,6 +30,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.attention.reference import NEGATIVE
+from pallas_kernels.packing import as_words
 
 GROUP = 16
 """Rows of a tensor-core tile: queries of one key head, padded."""
@@ -74,9 +75,6 @@ def kv4_attention_blocks(
     splits = pl.cdiv(capacity, plan.tokens)
     least = 16 if plan.grouped else 1
     width = max(least, 1 << (words - 1).bit_length())
-
-    def as_words(array):
-        return lax.bitcast_convert_type(array.reshape(*array.shape[:-1], words, 4), jnp.int32)
 
     def call(kernel, grid, outputs, count, warps):
         return pl.pallas_call(

@@ -8,10 +8,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import sequence_attention
-from pallas_kernels.stable import exp_difference, fixed_order_sum, rounded
+from pallas_kernels.stable import exp_difference, fixed_order_sum, matmul, rounded
 from quota_jax.config import VisionConfig
 from quota_jax.models.build import attention, linear, mlp, norm, tree
-from quota_jax.nn.linear import matmul
 
 
 class VisionTower(nnx.Module):

@@ -14,10 +14,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.attention import sequence_attention
+from pallas_kernels.stable import matmul
 from quota_jax.batch import Patches
 from quota_jax.config import QwenVisionConfig
 from quota_jax.models.build import attention, linear, mlp, norm, tree
-from quota_jax.nn.linear import matmul
 from quota_jax.nn.rope import axial_angles, rotate
 
 

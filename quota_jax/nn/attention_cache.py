@@ -22,10 +22,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.packing import pack_int4
-from pallas_kernels.stable import rounded
+from pallas_kernels.stable import matmul, rounded
 from quota_jax.errors import QuotaError
 from quota_jax.kv_cache import ChannelKeys, decode_channels, encode
-from quota_jax.nn.linear import matmul, take
+from quota_jax.nn.linear import take
 from quota_jax.nn.rope import rotate
 from quota_jax.quant.cache_quantizers import (
     channel_grid,

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.int4_matmul import int4_matmul, integer_matmul
 from pallas_kernels.packing import unpack_int4, unpack_uint4
-from pallas_kernels.stable import rounded
+from pallas_kernels.stable import matmul, rounded
 from pallas_kernels.transform_quantize import Quantized, transform_quantize
 from quota_jax.quant.groups import Groups
 from quota_jax.quant.quantizers import quantize_activation
@@ -50,25 +50,6 @@ def take(parameter: nnx.Variable, layer: Array | int | None) -> Array:
     """The array of one layer of a stacked parameter, or the parameter itself."""
     value = parameter[...]
     return value if layer is None else jax.lax.dynamic_index_in_dim(value, layer, keepdims=False)
-
-
-def matmul(x: Float[Array, "M K"], weight: Float[Array, "N K"]) -> Float[Array, "M N"]:
-    """``x weight^T`` accumulated in float32 (float32 inputs: highest precision), in float32.
-
-    A single row is computed as two: XLA's matrix-vector code sums in another order on CPU, and a
-    token's result must not depend on how many rows stand beside it.
-    """
-    rows = x.shape[0]
-    if rows == 1:
-        x = jnp.concatenate([x, x])
-    out = jax.lax.dot_general(
-        x,
-        weight,
-        (((1,), (1,)), ((), ())),
-        precision="highest" if x.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
-    return out[:rows]
 
 
 def kronecker(

@@ -18,8 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.stable import rounded
-from quota_jax.nn.linear import matmul
+from pallas_kernels.stable import matmul, rounded
 from quota_jax.quant.quantizers import symmetric_limit
 from quota_jax.quant.straight_through import pass_through
 

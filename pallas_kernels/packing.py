@@ -37,3 +37,11 @@ def as_words(array: Int[Array, "*rows bytes"]) -> Int32[Array, "*rows words"]:
     ``i`` of word ``j``, bits ``4i`` to ``4i + 3``. A view (measured: 0 bytes of temporaries)."""
     grouped = array.reshape(*array.shape[:-1], array.shape[-1] // 4, 4)
     return lax.bitcast_convert_type(grouped, jnp.int32)
+
+
+def nibble_at(words: Int32[Array, "*shape"], nibble: int, place: int) -> Int32[Array, "*shape"]:
+    """A nibble of each word moved to bit ``place``, the rest cleared."""
+    by = place - 4 * nibble
+    count = jnp.full(words.shape, abs(by), jnp.int32)
+    moved = lax.shift_left(words, count) if by >= 0 else lax.shift_right_logical(words, count)
+    return moved & (15 << place)

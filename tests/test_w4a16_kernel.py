@@ -210,14 +210,14 @@ def test_the_kernel_lowers(rows, outputs, inputs, size, symmetric, dtypes):
 
 
 @pytest.mark.parametrize(
-    ("rows", "outputs", "inputs", "splits"),
-    [(1, 11008, 4096, 1), (1, 4096, 11008, 1), (8, 11008, 4096, 1), (8, 4096, 11008, 4)],
+    ("outputs", "inputs", "splits"),
+    [(22016, 4096, 1), (11008, 4096, 3), (4096, 11008, 8), (4096, 4096, 4), (100, 64, 1)],
 )
-def test_the_inputs_are_split_where_output_rows_are_few(rows, outputs, inputs, splits):
-    plan = Plan.of(rows, outputs, inputs // 8, jnp.bfloat16)
+def test_the_inputs_are_split_where_output_rows_are_few(outputs, inputs, splits):
+    plan = Plan.of(outputs, inputs // 8, jnp.bfloat16)
     assert plan.splits == splits
-    assert plan.tensor_cores == (rows > 4)
-    assert not Plan.of(rows, outputs, inputs // 8, jnp.float32).tensor_cores
+    assert plan.tensor_cores
+    assert not Plan.of(outputs, inputs // 8, jnp.float32).tensor_cores
     # No part of the inputs is empty.
     whole = -(-inputs // 8 // plan.width)
     assert (splits - 1) * -(-whole // splits) < whole
@@ -285,7 +285,9 @@ def test_a_step_of_many_samples_is_near_that_of_the_reference(request, monkeypat
     [
         (17, 256, {}, "17 tokens: at most 16"),
         (1, 100, {}, "100 inputs: must be a multiple of 8"),
-        (1, 256, {"group_size": 20}, "groups of 20: must be a multiple of 8"),
+        (1, 256, {"group_size": 20}, "groups of 20: must be a power of two from 8 on"),
+        (1, 256, {"group_size": 24}, "groups of 24: must be a power of two from 8 on"),
+        (1, 256, {"group_size": 4}, "groups of 4: must be a power of two from 8 on"),
         (1, 256, {"indexed": True}, "activation order"),
         (1, 256, {"dtype": "float8_e4m3fn"}, "inputs are float8_e4m3fn"),
     ],

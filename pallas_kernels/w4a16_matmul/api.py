@@ -138,8 +138,8 @@ def refusals(
         reason = f"{rows} tokens: at most {MOST_ROWS}"
     elif inputs % 8:
         reason = f"{inputs} inputs: must be a multiple of 8"
-    elif group_size % 8 and group_size < inputs:
-        reason = f"groups of {group_size}: must be a multiple of 8"
+    elif 0 < group_size < inputs and (group_size % 8 or group_size & (group_size - 1)):
+        reason = f"groups of {group_size}: must be a power of two from 8 on"
     elif indexed:
         reason = "groups are not neighboring input channels (activation order)"
     elif jnp.dtype(dtype) not in (jnp.float32, jnp.bfloat16, jnp.float16):

@@ -9,8 +9,8 @@ minus zero is exact there, so its product with the scale is rounded once, to the
 
 Tokens come as ``[8, M, words]``, one plane for each nibble of a word, so that lanes that hold
 neighboring words read neighboring values. Two ways to multiply:
-  lanes: products and sums in float32 on the ordinary units, tokens one after the other.
-  tensor cores: a product of 16 rows for each nibble.
+  tensor cores: a product of 16 rows for each nibble of the words.
+  lanes: products and sums on the ordinary units, tokens one after the other; for float32.
 
 Where few output rows would leave multiprocessors idle the inputs are split too, and XLA adds the
 parts. Pallas' Triton back end is deprecated in jax 0.11; see ``int4_matmul.pallas_triton``. The way
@@ -32,13 +32,11 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.accelerator import find_gpu
-from pallas_kernels.packing import as_words
+from pallas_kernels.packing import as_words, nibble_at
 from pallas_kernels.stable import as_stored
 
 SMS = 132
 """Multiprocessors of an H100, where no GPU is there to be asked."""
-LANES_ROWS = 4
-"""Up to so many tokens the products are computed without tensor cores."""
 TILE_ROWS = 16
 """Rows of a tensor-core tile."""
 WIDEN: dict[Any, tuple[Any, int, float]] = {
@@ -48,6 +46,8 @@ WIDEN: dict[Any, tuple[Any, int, float]] = {
 }
 """Of each dtype the integer of its size, and the power of two (as bits, as value) whose lowest
 mantissa bit counts 1."""
+WHOLE_ROW = 1 << 30
+"""Words of a group that never ends."""
 OFFSET = -0x77777778  # 0x88888888: turns signed nibbles into unsigned ones, 8 more
 
 
@@ -64,29 +64,27 @@ class Plan:
     tensor_cores: bool
 
     @classmethod
-    def of(cls, rows: int, outputs: int, words: int, dtype: Any, num_sms: int = SMS) -> Plan:
-        """Blocks like those of the kernels that were measured (``int4_matmul``); these were not.
+    def of(cls, outputs: int, words: int, dtype: Any, num_sms: int = SMS) -> Plan:
+        """Not measured: chosen by the instructions that Triton 3.6 made of them for Hopper.
 
-        float32 stays off the tensor cores, which would round it to 10 bits.
+        Tensor cores even for one token: its 15 rows of nothing cost less than to widen each weight
+        to float32, which on the way back from 16 bits takes a slow conversion. float32 stays off
+        them, which would round it to 10 bits of mantissa.
         """
-        tensor_cores = rows > LANES_ROWS and jnp.dtype(dtype) != jnp.float32
-        if tensor_cores:
-            height, width, stages, programs = 64, 32, 3, 2
-        elif rows == 1:
-            height, width, stages, programs = 4, 512, 1, 8
-        else:
-            height, width, stages, programs = 8 if rows <= LANES_ROWS else 4, 128, 1, 8
+        tensor_cores = jnp.dtype(dtype) != jnp.float32
+        height, width, programs, steps_ahead = (64, 32, 4, 3) if tensor_cores else (4, 128, 8, 1)
         whole = 1 << (words - 1).bit_length()
         width = min(width, max(whole, 16 if tensor_cores else 1))
         steps = pl.cdiv(words, width)
-        # All programs in one round of the multiprocessors, each with as many steps as the others.
-        splits = max(1, min(steps, programs * num_sms // pl.cdiv(outputs, height)))
+        # Programs for one round of the multiprocessors; no part shorter than what is loaded ahead.
+        splits = programs * num_sms // pl.cdiv(outputs, height)
+        splits = max(1, min(splits, steps // (steps_ahead + 1)))
         splits = pl.cdiv(steps, pl.cdiv(steps, splits))
         return cls(
             height=height,
             width=width,
             warps=4,
-            stages=stages,
+            stages=steps_ahead,
             splits=splits,
             tensor_cores=tensor_cores,
         )
@@ -105,25 +103,26 @@ def w4a16_matmul_triton(
 ) -> Float[Array, "M N"]:
     """See ``pallas_kernels.w4a16_matmul.w4a16_matmul``; float32, without bias.
 
-    ``M`` is at most 16, ``K`` and ``group_size`` are multiples of 8 (or ``G`` is 1). ``scale``
-    None: the weights are the signed codes.
+    ``M`` is at most 16, ``K`` a multiple of 8, and ``group_size`` 8 times a power of two (or ``G``
+    is 1). ``scale`` None: the weights are the signed codes.
     """
     rows, inputs = x.shape
     depth, outputs, _ = packed.shape
     words = inputs // 8
     gpu = find_gpu()
-    plan = plan or Plan.of(rows, outputs, words, x.dtype, gpu.num_sms if gpu else SMS)
+    plan = plan or Plan.of(outputs, words, x.dtype, gpu.num_sms if gpu else SMS)
 
     def flat(array):
         return array.reshape(depth * outputs, -1)
 
     tables = [flat(array) for array in (scale, zeros) if array is not None]
     one_group = not group_size or group_size >= inputs
+    group_words = WHOLE_ROW if one_group else group_size // 8
     work = _Work(
         rows=rows,
         outputs=outputs,
         words=words,
-        group_words=words if one_group else group_size // 8,
+        group_words=group_words,
         steps=pl.cdiv(pl.cdiv(words, plan.width), plan.splits),
         scaled=scale is not None,
         shifted=zeros is not None,
@@ -158,7 +157,11 @@ class _Work:
 
 
 class _Weights:
-    """The weight rows of one program, ``[height, width]`` words at a time."""
+    """The weight rows of one program, ``[height, groups, group's words]`` at a time.
+
+    The groups are an axis, so that a group's scale is loaded once and broadcast. Looked up for each
+    word, its loads would get a layout of their own, and every weight a way through shared memory.
+    """
 
     def __init__(self, refs: tuple[Any, ...], dtype: Any, *, work: _Work, plan: Plan):
         self.w_ref, layer_ref, *tables = refs
@@ -170,25 +173,35 @@ class _Weights:
         self.place = pl.program_id(0) * plan.height + jnp.arange(plan.height)
         self.inside = self.place < work.outputs
         self.first_step = pl.program_id(1) * work.steps
+        self.each = min(work.group_words, plan.width)
+        self.groups = plan.width // self.each
         # Rows past the end are read from the last one and not written.
         self.own = layer_ref[0] * work.outputs + jnp.minimum(self.place, work.outputs - 1)
 
-    def columns(self, step: Array) -> tuple[Array, Array]:
-        """Words of a step of this program's part, and which of them there are."""
-        words = (self.first_step + step) * self.plan.width + jnp.arange(self.plan.width)
+    def words(self, step: Array) -> tuple[Array, Array]:
+        """Words ``[groups, each]`` of a step of this program's part, and which of them exist."""
+        first = (self.first_step + step) * self.plan.width
+        words = first + self.each * jnp.arange(self.groups)[:, None] + jnp.arange(self.each)[None]
         return words, words < self.work.words
 
-    def load(self, words: Array, real: Array) -> Iterator[Array]:
-        """For each nibble the weights ``[height, width]`` in the dtype of the tokens."""
-        mask = jnp.broadcast_to(real[None], (self.plan.height, self.plan.width))
+    def load(self, step: Array) -> Iterator[Array]:
+        """For each nibble the weights ``[height, groups, each]`` in the dtype of the tokens."""
+        words, real = self.words(step)
+        own = self.own[:, None, None]
+        shape = (self.plan.height, *words.shape)
 
         def table(ref):
-            """The entry of each word's group."""
-            group = lax.div(words, jnp.full(words.shape, self.work.group_words, jnp.int32))
-            return plt.load(ref.at[self.own[:, None], group[None]], mask=mask, other=0)
+            """The entries of the step's groups, ``[height, groups, 1]``."""
+            first = (self.first_step + step) * self.plan.width
+            group = lax.div(first, jnp.int32(self.work.group_words)) + jnp.arange(self.groups)
+            mask = first + self.each * jnp.arange(self.groups) < self.work.words
+            mask = jnp.broadcast_to(mask[None], shape[:2])
+            found = plt.load(ref.at[self.own[:, None], group[None]], mask=mask, other=0)
+            return found[:, :, None]
 
         integer, bits, power = WIDEN[self.kind]
-        codes = plt.load(self.w_ref.at[self.own[:, None], words[None]], mask=mask, other=0)
+        mask = jnp.broadcast_to(real[None], shape)
+        codes = plt.load(self.w_ref.at[own, words[None]], mask=mask, other=0)
         if self.zeros_ref is None:
             codes = codes ^ OFFSET
             lowest: Any = power + 8.0
@@ -198,8 +211,8 @@ class _Weights:
         scale = None if self.scale_ref is None else table(self.scale_ref).astype(self.kind)
 
         for nibble in range(8):
-            moved = lax.shift_right_logical(codes, jnp.full(codes.shape, 4 * nibble, jnp.int32))
-            widened = lax.bitcast_convert_type((moved & 15 | bits).astype(integer), self.kind)
+            widened = (nibble_at(codes, nibble, 0) | bits).astype(integer)
+            widened = lax.bitcast_convert_type(widened, self.kind)
             value = widened - lowest
             if scale is not None:
                 value = value * scale
@@ -214,20 +227,21 @@ def _lanes(x_ref, *refs: Any, work: _Work, plan: Plan) -> None:
     tile = _Weights(tuple(tables), x_ref.dtype, work=work, plan=plan)
 
     def step(index, sums):
-        words, real = tile.columns(index)
+        words, real = tile.words(index)
         sums = list(sums)
-        for nibble, weights in enumerate(tile.load(words, real)):
+        for nibble, weights in enumerate(tile.load(index)):
             weights = weights.astype(jnp.float32)
             for row in range(work.rows):
                 x = plt.load(x_ref.at[nibble, row, words], mask=real, other=0)
                 sums[row] += weights * x.astype(jnp.float32)[None]
         return tuple(sums)
 
-    start = tuple(jnp.zeros((plan.height, plan.width), jnp.float32) for _ in range(work.rows))
+    shape = plan.height, tile.groups, tile.each
+    start = tuple(jnp.zeros(shape, jnp.float32) for _ in range(work.rows))
     sums = lax.fori_loop(0, work.steps, step, start)
     for row in range(work.rows):
         place = out_ref.at[pl.program_id(1), row, tile.place]
-        plt.store(place, sums[row].sum(1), mask=tile.inside)
+        plt.store(place, sums[row].sum(2).sum(1), mask=tile.inside)
 
 
 def _tensor_cores(x_ref, *refs: Any, work: _Work, plan: Plan) -> None:
@@ -238,9 +252,10 @@ def _tensor_cores(x_ref, *refs: Any, work: _Work, plan: Plan) -> None:
     own = row < work.rows
 
     def step(index, sums):
-        words, real = tile.columns(index)
-        mask = own[:, None] & real[None]
-        for nibble, weights in enumerate(tile.load(words, real)):
+        words = (tile.first_step + index) * plan.width + jnp.arange(plan.width)
+        mask = own[:, None] & (words < work.words)[None]
+        for nibble, weights in enumerate(tile.load(index)):
+            weights = weights.reshape(plan.height, plan.width)
             x = plt.load(x_ref.at[nibble, row[:, None], words[None]], mask=mask, other=0)
             sums += lax.dot_general(
                 x, weights, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32

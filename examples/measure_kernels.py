@@ -2,6 +2,7 @@
 
     python examples/measure_kernels.py --out pallas_kernels/measured      # one NVIDIA GPU
     python examples/measure_kernels.py --tiles                            # tiles of the int4 matmul
+    python examples/measure_kernels.py --plans                            # blocks of the W4A16 one
 
 Times are sums of kernel times (CUPTI), medians, warm, on random data; weights rotate over twelve
 layers so that the L2 cache holds none of them. Every kernel is checked against the reference in the
@@ -32,6 +33,7 @@ from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.int4_matmul.api import automatic, refusals
 from pallas_kernels.kv4_attention import kv4_attention
+from pallas_kernels.w4a16_matmul import w4a16_matmul
 
 LAYERS = 12
 WEIGHTS = {
@@ -75,6 +77,19 @@ def over_layers(call: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(run)
 
 
+def bf16_us(x: jax.Array, outputs: int) -> float:
+    """XLA's product with a bfloat16 weight."""
+    # Separate arrays: a scan would copy each slice of the weights. Three of them exceed the cache.
+    shape = outputs, x.shape[1]
+    dense = [jax.random.normal(jax.random.key(4 + i), shape, jnp.bfloat16) for i in range(3)]
+
+    @jax.jit
+    def bf16(x, weights):
+        return [jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))) for w in weights]
+
+    return kernel_us(bf16, x, dense) / len(dense)
+
+
 def measure_matmul(rows: int, outputs: int, inputs: int, rng) -> dict[str, Any]:
     packed = jax.random.bits(jax.random.key(1), (LAYERS, outputs, inputs // 2), jnp.uint8)
     scale = jax.random.uniform(jax.random.key(2), (LAYERS, outputs)) + 0.1
@@ -89,21 +104,82 @@ def measure_matmul(rows: int, outputs: int, inputs: int, rng) -> dict[str, Any]:
         error = jnp.abs(int4_matmul(x, x_scale, packed, scale, 3, impl=impl) - expected).max()
         assert float(error) <= 3e-7 * float(jnp.abs(expected).max()), (impl, rows, float(error))
         found[impl] = kernel_us(over_layers(call), x, x_scale, packed, scale) / LAYERS
-    # Separate arrays: a scan would copy each slice of the weights. Three of them exceed the cache.
-    dense = [
-        jax.random.normal(jax.random.key(4 + i), (outputs, inputs), jnp.bfloat16) for i in range(3)
-    ]
-
-    @jax.jit
-    def bf16(x, weights):
-        return [jax.lax.dot_general(x, w, (((1,), (1,)), ((), ()))) for w in weights]
-
-    found["xla_bf16"] = kernel_us(bf16, x.astype(jnp.bfloat16), dense) / len(dense)
+    found["xla_bf16"] = bf16_us(x.astype(jnp.bfloat16), outputs)
     found["auto"] = automatic(rows, outputs, inputs)
     best = found[found["auto"]]
     found["tops"] = 2 * rows * outputs * inputs / best / 1e6
     found["weight_gbs"] = outputs * inputs / 2 / best / 1e3
     return found
+
+
+GROUP = 128
+
+
+def w4a16_example(rows: int, outputs: int, inputs: int) -> tuple[jax.Array, ...]:
+    """Tokens, and a stack of weights in groups of 128 with zero points, as AWQ has."""
+    keys = [jax.random.key(i) for i in range(4)]
+    groups = (LAYERS, outputs, inputs // GROUP)
+    return (
+        jax.random.normal(keys[0], (rows, inputs), jnp.bfloat16),
+        jax.random.bits(keys[1], (LAYERS, outputs, inputs // 2), jnp.uint8),
+        (0.05 * jax.random.uniform(keys[2], groups) + 0.005).astype(jnp.bfloat16),
+        jax.random.randint(keys[3], groups, 0, 16, jnp.uint8),
+    )
+
+
+def measure_w4a16(rows: int, outputs: int, inputs: int) -> dict[str, Any]:
+    """The weight-only matmul by its kernel, and as XLA dequantizes and multiplies."""
+    arguments = w4a16_example(rows, outputs, inputs)
+    found: dict[str, Any] = {"rows": rows, "outputs": outputs, "inputs": inputs}
+    call = functools.partial(w4a16_matmul, group_size=GROUP)
+    results = []
+    for impl in ("xla", "pallas_triton"):
+        run = functools.partial(call, impl=impl)
+        results.append(jax.jit(run)(*arguments, 3))
+        short = functools.partial(run, out_dtype=jnp.bfloat16)
+        found[impl] = kernel_us(over_layers(short), *arguments) / LAYERS
+    error = float(jnp.abs(results[0] - results[1]).max() / jnp.abs(results[0]).max())
+    assert error <= 1e-5, (rows, outputs, error)
+    found["xla_bf16"] = bf16_us(arguments[0], outputs)
+    stored = sum(a.nbytes for a in arguments[1:]) / LAYERS
+    found["weight_gbs"] = stored / found["pallas_triton"] / 1e3
+    return found
+
+
+def print_plans() -> None:
+    """Microseconds of blocks of the W4A16 kernel, with XLA's sum of split inputs; its own choice is
+    marked."""
+    from pallas_kernels.w4a16_matmul.pallas_triton import Plan, w4a16_matmul_triton
+
+    lanes = [
+        (height, *width_warps, 1, splits)
+        for height in (2, 4, 8)
+        for width_warps in ((128, 2), (128, 4), (512, 4))
+        for splits in (1, 2)
+    ]
+    tiles = [
+        (height, width, 4, stages, splits)
+        for height in (32, 64)
+        for width in (16, 32)
+        for stages in (1, 3)
+        for splits in (2, 6)
+    ]
+    fields = "height", "width", "warps", "stages", "splits"
+    print(f"| tokens | weights | {' | '.join(fields)} | us |\n{'|---' * 8}|")
+    for rows, name in ((r, n) for r in (1, 4, 8) for n in ("one of gate_up", "down 7B")):
+        outputs, inputs = WEIGHTS[name]
+        arguments = w4a16_example(rows, outputs, inputs)
+        own = Plan.of(outputs, inputs // 8, jnp.bfloat16)
+        plans = [Plan(**dict(zip(fields, p, strict=True)), tensor_cores=False) for p in lanes]
+        plans += [Plan(**dict(zip(fields, p, strict=True)), tensor_cores=True) for p in tiles]
+        for plan in [own, *(p for p in plans if p != own and (p.tensor_cores or rows <= 4))]:
+            call = functools.partial(w4a16_matmul_triton, group_size=GROUP, plan=plan)
+            us = kernel_us(over_layers(call), *arguments) / LAYERS
+            cells = " | ".join(str(getattr(plan, field)) for field in fields)
+            kind = "tensor cores" if plan.tensor_cores else "lanes"
+            print(
+                f"| {rows} | {name}, {kind} | {cells} | {us:.1f}{'*' * (plan == own)} |", flush=True
+            )
 
 
 TILES = (
@@ -212,10 +288,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.md")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop starting shapes after")
     parser.add_argument("--tiles", action="store_true", help="tilings of the int4 matmul instead")
+    parser.add_argument("--plans", action="store_true", help="blocks of the W4A16 matmul instead")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
     if options.tiles:
         return print_tiles()
+    if options.plans:
+        return print_plans()
     started = time.perf_counter()
     rng = np.random.default_rng(0)
     copy = copy_gbs()
@@ -226,7 +305,8 @@ def main() -> None:
     ]
     lines += ["|---" * 9 + "|"]
     report: dict[str, Any] = {"device": device, "jax": jax.__version__, "copy_gbs": copy}
-    report |= {name: [] for name in ("matmul", "kv4_attention", "attention", "attention_mass")}
+    parts = ("matmul", "w4a16", "kv4_attention", "attention", "attention_mass")
+    report |= {name: [] for name in parts}
     print("\n".join(lines), flush=True)
 
     def show(line: str) -> None:
@@ -260,6 +340,20 @@ def main() -> None:
             f"| {rows} | {name} {outputs} x {inputs} | {row['auto']} | {best:.1f} | "
             f"{row['tops']:.0f} | {100 * row['weight_gbs'] / copy:.0f} % | {bf16:.1f} | "
             f"{bf16 / best:.2f} | {others} |"
+        )
+    show("")
+    show("| tokens | W4A16, groups of 128 | us | of copy | XLA us | ratio | bf16 us | ratio |")
+    show("|---" * 8 + "|")
+    for rows, name in ((r, n) for r in (1, 8) for n in ("one of gate_up", "down 7B")):
+        if time.perf_counter() - started > options.seconds + 30:
+            break
+        row = measure_w4a16(rows, *WEIGHTS[name])
+        report["w4a16"].append(row)
+        us, xla, bf16 = row["pallas_triton"], row["xla"], row["xla_bf16"]
+        show(
+            f"| {rows} | {name} {row['outputs']} x {row['inputs']} | {us:.1f} | "
+            f"{100 * row['weight_gbs'] / copy:.0f} % | {xla:.1f} | {xla / us:.2f} | {bf16:.1f} | "
+            f"{bf16 / us:.2f} |"
         )
     show("")
     show("| batch | tokens | heads | KV4 us | of copy | bf16 cuDNN us | speed-up |")

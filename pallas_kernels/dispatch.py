@@ -16,7 +16,7 @@ from collections.abc import Collection, Mapping
 AUTO = "auto"
 LEFT_TO_XLA = "QUOTA_JAX_XLA"
 OPERATIONS = (
-    "int4_matmul", "transform_quantize", "kv4_encode", "kv4_append", "kv4_attention",
+    "int4_matmul", "w4a16_matmul", "transform_quantize", "kv4_encode", "kv4_append", "kv4_attention",
     "sequence_attention", "attention_mass",
 )  # fmt: skip
 
@@ -57,9 +57,14 @@ def choices() -> list[tuple[str, str, str]]:
     from pallas_kernels.kv4_attention.api import automatic as decode
     from pallas_kernels.kv4_encode.api import automatic as encode
     from pallas_kernels.transform_quantize.api import automatic as quantize
+    from pallas_kernels.w4a16_matmul.api import automatic as weight_only
 
     rows = [
         ("int4_matmul", f"{tokens} tokens, 22016 x 4096", matmul(tokens, 22016, 4096))
+        for tokens in (1, 8, 640)
+    ]
+    rows += [
+        ("w4a16_matmul", f"{tokens} tokens, 22016 x 4096, groups of 128", weight_only(tokens, 4096))
         for tokens in (1, 8, 640)
     ]
     rows += [

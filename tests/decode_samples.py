@@ -50,6 +50,8 @@ def random_model(
         stem, _, leaf = name.rpartition(".")
         if leaf in ("packed", "codes"):
             value = rng.integers(0, 256, spec.shape).astype(np.uint8)
+        elif leaf == "zeros":
+            value = rng.integers(0, 16, spec.shape)
         elif leaf == "clip":
             value = rng.uniform(0.7, 1.0, spec.shape)
         elif leaf == "scale" and "norm" not in stem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import zlib
 
@@ -17,6 +18,7 @@ from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.int4_matmul.api import refusals
 from pallas_kernels.kv4_attention import kv4_attention
 from pallas_kernels.packing import pack_int4
+from pallas_kernels.w4a16_matmul import w4a16_matmul
 from quota_jax.quant.quantizers import quantize_kv
 
 pytestmark = [
@@ -57,6 +59,49 @@ def test_int4_matmul_is_exact(rng, impl, rows, outputs, inputs):
         bias = jnp.asarray(rng.standard_normal((3, outputs), np.float32))
         biased = int4_matmul(*arguments, bias=bias, impl=impl)
         np.testing.assert_allclose(biased, found + bias[layer], rtol=3e-7, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8, 16])
+@pytest.mark.parametrize(
+    ("outputs", "inputs", "size", "dtype", "scale_dtype", "symmetric"),
+    [
+        (4096, 11008, 128, "bfloat16", "float16", False),
+        (11008, 4096, 128, "bfloat16", "bfloat16", True),
+        (387, 3416, 32, "float16", "float16", False),
+        (1024, 4096, 64, "float32", "float32", False),
+        (1024, 4096, None, "bfloat16", "float32", True),
+    ],
+)
+def test_w4a16_matmul_multiplies_the_dequantized_weights(
+    rng, rows, outputs, inputs, size, dtype, scale_dtype, symmetric
+):
+    """Weights bit for bit, by tokens that are 1 in one place; then sums of random tokens, whose
+    order differs (both stay within some sqrt(inputs) roundings of 2^-24 of what is summed)."""
+    shape = (3, outputs) if size is None else (3, outputs, -(-inputs // size))
+    scale = 0.05 * rng.random(shape, np.float32) + 0.005
+    arrays = {
+        "packed": jnp.asarray(rng.integers(0, 256, (3, outputs, inputs // 2)), jnp.uint8),
+        "scale": jnp.asarray(scale, scale_dtype),
+        "zeros": None if symmetric else jnp.asarray(rng.integers(0, 17, shape), jnp.uint8),
+        "bias": jnp.asarray(rng.standard_normal((3, outputs), np.float32)),
+    }
+    run = jax.jit(functools.partial(w4a16_matmul, group_size=size or 0), static_argnames="impl")
+
+    def both(x, **changes):
+        given = arrays | changes
+        return (
+            np.asarray(run(x, **given, layer=2, impl=impl)) for impl in ("pallas_triton", "xla")
+        )
+
+    ones = np.zeros((rows, inputs))
+    ones[np.arange(rows), rng.integers(0, inputs, rows)] = 1
+    found, expected = both(jnp.asarray(ones, dtype), bias=None)
+    np.testing.assert_array_equal(found, expected)
+    x = jnp.asarray(rng.standard_normal((rows, inputs), np.float32), dtype)
+    found, expected = both(x)
+    summed = np.abs(np.asarray(x, np.float32)).sum(1)[:, None]
+    bound = 16 * summed * scale[2].reshape(outputs, -1).max(1)[None] * 1.01
+    assert (np.abs(found - expected) <= bound * inputs**0.5 * 2**-24 + 2**-20).all()
 
 
 @pytest.mark.parametrize("heads", [(32, 32, 128), (28, 4, 128), (6, 2, 40), (4, 4, 80)])

@@ -22,6 +22,8 @@ from jax import lax
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int, UInt8
 
+from pallas_kernels.packing import as_words
+
 DOT = """{
     .reg .b32 low, high, even, odd, t;
     shl.b32 low, $1, 4;
@@ -54,10 +56,6 @@ def int4_matmul_dot(
     words = inputs // 8
     height, width, warps = block or ((4, 512, 4) if rows == 1 else (8, 128, 4))
 
-    # Both are views of the same bytes (measured: 0 bytes of temporaries).
-    def as_words(array, count):
-        return lax.bitcast_convert_type(array.reshape(*array.shape[:-1], count, 4), jnp.int32)
-
     call = pl.pallas_call(
         functools.partial(
             _kernel, rows=rows, outputs=outputs, words=words, height=height, width=width
@@ -69,8 +67,8 @@ def int4_matmul_dot(
         compiler_params=plt.CompilerParams(num_warps=warps, num_stages=1),
     )
     return call(
-        as_words(packed, words).reshape(depth * outputs, words),
-        as_words(x.astype(jnp.int8), 2 * words),
+        as_words(packed).reshape(depth * outputs, words),
+        as_words(x.astype(jnp.int8)),
         scale.astype(jnp.float32).reshape(-1),
         x_scale.astype(jnp.float32),
         layer.reshape(1),

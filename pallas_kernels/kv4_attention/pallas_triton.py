@@ -25,6 +25,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.attention.reference import BLOCK, NEGATIVE
+from pallas_kernels.packing import as_words
 
 MAGIC = 0x4B000000  # bits of the float32 2^23: OR-ing a small integer in adds it
 
@@ -47,9 +48,6 @@ def kv4_attention_split(
     batch, heads, head_dim = query.shape
     _, _, kv_heads, capacity, _ = key.shape
     splits, words = capacity // BLOCK, head_dim // 8
-
-    def as_words(array):
-        return lax.bitcast_convert_type(array.reshape(*array.shape[:-1], words, 4), jnp.int32)
 
     def call(kernel, grid, outputs, count):
         return pl.pallas_call(

@@ -30,6 +30,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.attention.reference import NEGATIVE
+from pallas_kernels.packing import as_words, nibble_at
 
 GROUP = 16
 """Rows of a tensor-core tile: queries of one key head, padded."""
@@ -75,9 +76,6 @@ def kv4_attention_blocks(
     least = 16 if plan.grouped else 1
     width = max(least, 1 << (words - 1).bit_length())
 
-    def as_words(array):
-        return lax.bitcast_convert_type(array.reshape(*array.shape[:-1], words, 4), jnp.int32)
-
     def call(kernel, grid, outputs, count, warps):
         return pl.pallas_call(
             kernel,
@@ -120,14 +118,6 @@ def kv4_attention_blocks(
     return combine(*partial)[0]
 
 
-def _field(words, nibble: int, place: int):
-    """A nibble moved to bit ``place`` of its word, the rest cleared."""
-    by = place - 4 * nibble
-    count = jnp.full(words.shape, abs(by), jnp.int32)
-    moved = lax.shift_left(words, count) if by >= 0 else lax.shift_right_logical(words, count)
-    return moved & (15 << place)
-
-
 class _Block:
     """The keys and values of one program: what both kernels load in the same way."""
 
@@ -159,7 +149,7 @@ def _single(q_ref, *refs, group: int, tokens: int, words: int, width: int, sm_sc
 
     def widened(packed, nibble):
         """``1 + code / 16``, float32."""
-        return lax.bitcast_convert_type(_field(packed, nibble, 19) | 0x3F800000, jnp.float32)
+        return lax.bitcast_convert_type(nibble_at(packed, nibble, 19) | 0x3F800000, jnp.float32)
 
     keys = block.packed(block.k_ref)
     products = jnp.zeros((tokens, width), jnp.float32)
@@ -197,7 +187,7 @@ def _grouped(
 
     def widened(packed, nibble):
         """``1 + code / 16``, bfloat16."""
-        bits = (_field(packed, nibble, 3) | 0x3F80).astype(jnp.int16)
+        bits = (nibble_at(packed, nibble, 3) | 0x3F80).astype(jnp.int16)
         return lax.bitcast_convert_type(bits, jnp.bfloat16)
 
     def dot(left, right, contracted):

@@ -14,9 +14,9 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallas_kernels.int4_matmul import int4_matmul, integer_matmul
-from pallas_kernels.packing import unpack_int4, unpack_uint4
 from pallas_kernels.stable import matmul, rounded
 from pallas_kernels.transform_quantize import Quantized, transform_quantize
+from pallas_kernels.w4a16_matmul import w4a16_matmul
 from quota_jax.quant.groups import Groups
 from quota_jax.quant.quantizers import quantize_activation
 from quota_jax.quant.straight_through import (
@@ -81,8 +81,8 @@ class Linear(nnx.Module):
 
     With ``groups`` the scale is ``[N, G]``, ``zeros`` (unsigned, ``[N, G]``) may stand beside it,
     and ``group_index`` ``[parts, K]`` where an input channel's group is not its place; ``parts``
-    are the heights of the matrices that are joined along N. The weight is then dequantized to the
-    dtype of the input, one layer at a time, and multiplied in floating point.
+    are the heights of the matrices that are joined along N. The product is then that of the input
+    and the weight dequantized to the input's dtype (packed ones: see ``w4a16_matmul``).
 
     FlatQuant adds ``left`` and ``right``, the factors of the transform of the input (the weight is
     stored in the transformed basis), and ``clip``, factors of a token's largest and smallest value.
@@ -125,6 +125,8 @@ class Linear(nnx.Module):
             observer(self, rows)
         if self.obstacle is None:
             out = self.multiply(self.quantize(rows, layer), layer, x.dtype)
+        elif "packed" in self.names:
+            out = self._weight_only(self.transformed(rows, layer), layer, x.dtype)
         else:
             out = rounded(self._product(self.transformed(rows, layer), layer))
             if "bias" in self.names:
@@ -169,6 +171,25 @@ class Linear(nnx.Module):
             out_dtype=jnp.float32 if has_bias and not biased else dtype,
         )
 
+    def _weight_only(self, x: Float[Array, "M K"], layer, dtype: Any) -> Float[Array, "M N"]:
+        """Float input, packed weights."""
+
+        def given(name):
+            return getattr(self, name)[...] if name in self.names else None
+
+        return w4a16_matmul(
+            x,
+            self.packed[...],
+            self.scale[...],
+            given("zeros"),
+            layer,
+            group_size=0 if self.groups is None else self.groups.size,
+            group_index=given("group_index"),
+            parts=self.parts,
+            bias=given("bias"),
+            out_dtype=dtype,
+        )
+
     def transformed(self, x: Float[Array, "M K"], layer: Array | int | None) -> Array:
         """The input in the basis in which it is quantized."""
         if "input_scale" in self.names:
@@ -209,17 +230,12 @@ class Linear(nnx.Module):
                 return simulated_groups(weight, step, groups)
             quantized = groups.dequantize(*groups.quantize(weight))
             return pass_through(weight.astype(jnp.float32), quantized)
-        codes = take(self.packed if "packed" in self.names else self.codes, layer)
-        if "packed" in self.names:
-            codes = unpack_int4(codes) if groups.symmetric else unpack_uint4(codes)
-        zeros = take(self.zeros, layer) if "zeros" in self.names else None
         index = take(self.group_index, layer) if "group_index" in self.names else None
-        return groups.dequantize(codes, take(self.scale, layer), zeros, index, self.parts)
+        codes, scale = take(self.codes, layer), take(self.scale, layer)
+        return groups.dequantize(codes, scale, None, index, self.parts)
 
     def _integers(self, layer) -> tuple[Array, Array]:
         """Codes [N, K] and float32 scales [N] of one layer."""
-        if "packed" in self.names:
-            return unpack_int4(take(self.packed, layer)), take(self.scale, layer)
         if "codes" in self.names:
             return take(self.codes, layer), take(self.scale, layer)
         return simulated_weight(take(self.weight, layer), self.weight_bits, self._step(layer))

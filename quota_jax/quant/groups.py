@@ -14,7 +14,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels.stable import as_stored, rounded
+from pallas_kernels.stable import as_stored
+from pallas_kernels.w4a16_matmul import dequantize_groups
 from quota_jax.quant.quantizers import TINY, symmetric_limit
 
 
@@ -101,24 +102,6 @@ class Groups:
             return codes.astype(jnp.int8), scale, None
         return codes.astype(jnp.uint8), scale, zero.astype(jnp.uint8)
 
-    def spread(
-        self,
-        values: Float[Array, "N G"],
-        columns: int,
-        index: Int[Array, "P K"] | None = None,
-        parts: Sequence[int] = (),
-    ) -> Float[Array, "N K"]:
-        """One value of each group -> one of each weight.
-
-        ``index`` names the group of each input channel, one row for each part of the rows (q, k and
-        v of a fused matrix); ``parts`` are the parts' heights.
-        """
-        if index is None:
-            return jnp.repeat(values, self.size or columns, axis=1)[:, :columns]
-        edges = [sum(parts[: i + 1]) for i in range(len(index) - 1)]
-        rows = jnp.split(values, edges)
-        return jnp.concatenate([jnp.take(r, i, axis=1) for r, i in zip(rows, index, strict=True)])
-
     def dequantize(
         self,
         codes: Int[Array, "N K"],
@@ -127,9 +110,5 @@ class Groups:
         index: Int[Array, "P K"] | None = None,
         parts: Sequence[int] = (),
     ) -> Float[Array, "N K"]:
-        """``scale (code - zero)`` in float32: exact for scales of at most 16 bits."""
-        columns = codes.shape[1]
-        values = codes.astype(jnp.float32)
-        if zero is not None:
-            values = values - self.spread(zero, columns, index, parts).astype(jnp.float32)
-        return rounded(values * self.spread(scale, columns, index, parts).astype(jnp.float32))
+        """``scale (code - zero)`` in float32; see ``dequantize_groups``."""
+        return dequantize_groups(codes, scale, zero, size=self.size, group_index=index, parts=parts)

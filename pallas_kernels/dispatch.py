@@ -16,8 +16,8 @@ from collections.abc import Collection, Mapping
 AUTO = "auto"
 LEFT_TO_XLA = "QUOTA_JAX_XLA"
 OPERATIONS = (
-    "int4_matmul", "w4a16_matmul", "transform_quantize", "kv4_encode", "kv4_append", "kv4_attention",
-    "sequence_attention", "attention_mass",
+    "int4_matmul", "w4a16_matmul", "transform_quantize", "kv4_encode", "kv4_append",
+    "kv4_attention", "sequence_attention", "attention_mass",
 )  # fmt: skip
 
 

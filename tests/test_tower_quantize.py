@@ -81,12 +81,15 @@ def test_a_sum_and_a_layer_norm_equal_the_modules_bit_for_bit(dtype, bits, trans
 def test_the_layer_norm_is_one(dtype):
     """Against float64, one row nearly constant: its variance is 1e-6 of its mean's square."""
     x, _, sites = example(2, 4, 80, jnp.dtype(dtype), transform=False)
+    weight, bias = sites.norm, sites.norm_bias
+    assert weight is not None
+    assert bias is not None
     x = x.at[0].set((5 + 0.005 * np.sin(np.arange(80.0))).astype(x.dtype))
-    found = transform_quantize(x, 1, bits=8, norm=sites.norm, norm_bias=sites.norm_bias, eps=1e-5)
+    found = transform_quantize(x, 1, bits=8, norm=weight, norm_bias=bias, eps=1e-5)
     exact = np.asarray(x, np.float64)
     exact = exact - exact.mean(-1, keepdims=True)
     exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 1e-5)
-    exact = exact * np.asarray(sites.norm[1], np.float64) + np.asarray(sites.norm_bias[1], float)
+    exact = exact * np.asarray(weight[1], np.float64) + np.asarray(bias[1], np.float64)
     step = np.asarray(found.scale[:4], np.float64)[:, None]
     off = np.abs(np.asarray(found.codes) * step - exact).max(-1)
     assert (off <= step[:, 0] * (0.51 if dtype == "float32" else 1.1)).all()

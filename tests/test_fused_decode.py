@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import pallas_kernels.attention_mass.api as mass_api
 import pallas_kernels.int4_matmul.api as matmul_api
 import pallas_kernels.kv4_append.api as append_api
 import pallas_kernels.kv4_attention.api as attention_api
@@ -267,3 +268,23 @@ def test_a_prefill_at_7b_lowers_to_one_launch_between_matmuls(monkeypatch, metho
     # Codes are written in place: nothing copies a layer's into the stack.
     updates = [line for line in text.splitlines() if "dynamic_update_slice" in line]
     assert not any("ui8" in line for line in updates)
+
+
+@newer_jax
+def test_a_stage_of_a_16_bit_prefill_is_scored_by_the_kernel(monkeypatch):
+    """Keys that were read of a 4-bit cache are float32, which the kernel refuses: it must get them
+    as attention reads them."""
+    for api in (mass_api, quantize_api):
+        monkeypatch.setattr(api, "find_gpu", lambda: HOPPER)
+    monkeypatch.setenv("QUOTA_JAX_XLA", "sequence_attention")  # cuDNN is not there to be lowered
+    config = tiny_config("llava")
+    model = random_model(config, METHODS["RTN"], jnp.bfloat16)
+    batch = example_batch(config, 1, 9)
+    recipe = Recipe.uniform(num_layers=4, layers=[1, 2], keep=0.5)
+    counts = []
+    for dtype in (jnp.float32, jnp.bfloat16):
+        monkeypatch.setattr(decoder, "operand_dtype", lambda *_, dtype=dtype: dtype)
+        jax.clear_caches()  # the trace depends on what is patched
+        text = lower(functools.partial(qj.prefill, recipe=recipe), model, batch)
+        counts.append(text.count(f"custom_call @{TARGETS[0]}"))
+    assert counts[1] - counts[0] == 2 * len(recipe.stages)  # two passes each

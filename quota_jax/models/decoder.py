@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.attention import sequence_attention
+from pallas_kernels.attention import operand_dtype, sequence_attention
 from pallas_kernels.stable import summed
 from quota_jax.config import TextConfig
 from quota_jax.kv_cache import CacheGroup, grow, round_up, with_room
@@ -182,15 +182,19 @@ class Decoder(nnx.Module):
     ) -> Signals:
         """What a stage at this layer can be scored by (Eq. 6); ``inner`` None: not by its heads."""
         qkv = self.layers.attn.qkv
-        error = None
-        if inner is not None and qkv.activation_bits < 16:
-            rows = qkv.transformed(inner.normed.reshape(-1, x.shape[-1]), layer)
-            error = residual(rows, qkv.activation_bits, qkv.clipping(layer)).reshape(x.shape[:2])
+        error, key = None, None
+        if inner is not None:
+            # As attention reads them: its kernels round what was read of the cache to 16 bits.
+            key = inner.key.astype(operand_dtype(inner.query.dtype, self.config.head_dim))
+            if qkv.activation_bits < 16:
+                rows = qkv.transformed(inner.normed.reshape(-1, x.shape[-1]), layer)
+                error = residual(rows, qkv.activation_bits, qkv.clipping(layer))
+                error = error.reshape(x.shape[:2])
         return Signals(
             hidden=x,
             sequence=sequence,
             query=None if inner is None else inner.query,
-            key=None if inner is None else inner.key,
+            key=key,
             residual=error,
             vision=vision,
             sm_scale=self._sm_scale,

@@ -149,11 +149,12 @@ def without_magnitude(recipe: Recipe) -> Recipe:
 def covered(
     size: tuple[int, int], objects: Sequence[SceneObject], grid: tuple[int, int]
 ) -> np.ndarray:
-    """bool [rows, columns]: tokens whose patch overlaps the square of an object, by a fifth of the
-    patch at least."""
+    """bool [rows, columns]: tokens whose patch the square of an object covers by a fifth at least,
+    and the one at its centre."""
     (height, width), (rows, columns) = size, grid
     shown = np.zeros(grid, bool)
     for each in objects:
+        shown[int(each.y * rows / height), int(each.x * columns / width)] = True
         share_y = overlap(each.y, each.size / 2, height / rows, rows)
         share_x = overlap(each.x, each.size / 2, width / columns, columns)
         shown |= np.outer(share_y, share_x) >= 0.2

@@ -130,9 +130,10 @@ def quantized(
     scale = (jnp.maximum(high - low, TINY) / LEVELS).astype(scale_dtype)
     step = scale.astype(jnp.float32)
     zero = nearest(jnp.clip(-low / step, 0, LEVELS))
-    codes = [
-        jnp.clip(nearest(part / step[..., None]) + zero[..., None], 0, LEVELS) for part in parts
-    ]
+    # Of a single head they are scalars and stay so: with arrays of one the interpreter rounds exact
+    # ties of the quotient otherwise.
+    over, origin = (step[..., None], zero[..., None]) if step.ndim else (step, zero)
+    codes = [jnp.clip(nearest(part / over) + origin, 0, LEVELS) for part in parts]
     return codes, scale, zero
 
 

@@ -11,12 +11,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels.transform_quantize.api as quantize_api
-from pallas_kernels.stable import ACTIVATIONS, summed
+from pallas_kernels.stable import ACTIVATIONS, activated, summed
 from pallas_kernels.transform_quantize import transform_quantize, transform_quantize_reference
 from pallas_kernels.transform_quantize.reference import Sites
 from quota_jax.config.fields import ACTIVATIONS as CONFIGURED
 from quota_jax.nn.linear import kronecker
-from quota_jax.nn.mlp import activation
 from quota_jax.nn.norm import Norm
 from quota_jax.quant.flatquant import factor_pair
 from quota_jax.quant.quantizers import quantize_activation
@@ -101,7 +100,7 @@ def test_the_layer_norm_is_one(dtype):
 def test_an_activation_equals_the_modules_bit_for_bit(transform, dtype, name):
     x, _, sites = example(3, 5, 80, jnp.dtype(dtype), transform=transform, norm=False)
     found = transform_quantize(x, 2, bits=8, activation=name, **sites._asdict())
-    codes, scale = quantized(activation(name)(x), sites, 8)
+    codes, scale = quantized(activated(x, name), sites, 8)
     np.testing.assert_array_equal(found.codes, codes)
     np.testing.assert_array_equal(found.scale[:5], scale)
 
@@ -117,8 +116,8 @@ def test_activations_are_those_of_the_configurations_and_near_their_definitions(
         "silu": jax.nn.silu,
     }
     for name, definition in definitions.items():
-        np.testing.assert_allclose(activation(name)(x), definition(x), rtol=1e-6, atol=2e-6)
-        rounded = activation(name)(x.astype(jnp.bfloat16)).astype(jnp.float32)
+        np.testing.assert_allclose(activated(x, name), definition(x), rtol=1e-6, atol=2e-6)
+        rounded = activated(x.astype(jnp.bfloat16), name).astype(jnp.float32)
         exact = definition(x.astype(jnp.bfloat16).astype(jnp.float32))
         # One rounding, half a unit in the last of 8 places, and none in between.
         np.testing.assert_allclose(rounded, exact, rtol=2.0**-8, atol=2e-6)

@@ -7,12 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.stable import activated
 from quota_jax.config import LlavaConfig
 from quota_jax.models.build import linear, module_bits, tree
 from quota_jax.models.clip import VisionTower
 from quota_jax.models.decoder import Decoder
 from quota_jax.models.vision_language import VisionLanguageModel
-from quota_jax.nn.mlp import activation
 from quota_jax.quantization import QuantizationConfig
 
 
@@ -49,6 +49,6 @@ class Llava(VisionLanguageModel):
     def project(self, states: Float[Array, "P V F"]) -> Float[Array, "R D"]:
         """Features of the vision tower -> visual tokens."""
         hidden = self.projector.linear_1(states.astype(self.dtype))
-        hidden = activation(self.config.projector_hidden_act)(hidden)
+        hidden = activated(hidden, self.config.projector_hidden_act)
         hidden = self.projector.linear_2(hidden)
         return hidden.reshape(-1, hidden.shape[-1])

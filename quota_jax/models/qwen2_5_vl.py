@@ -7,13 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.stable import activated
 from quota_jax.batch import Patches
 from quota_jax.config import QwenVlConfig
 from quota_jax.models.build import linear, module_bits, norm, tree
 from quota_jax.models.decoder import Decoder
 from quota_jax.models.qwen_vision import QwenVisionTower
 from quota_jax.models.vision_language import VisionLanguageModel
-from quota_jax.nn.mlp import activation
 from quota_jax.quantization import QuantizationConfig
 
 
@@ -52,4 +52,4 @@ class QwenVl(VisionLanguageModel):
         """States of the vision tower -> visual tokens, one for ``merge_unit`` neighbours."""
         x = self.projector.norm(states.astype(self.dtype))
         x = x.reshape(-1, self.config.vision.merge_unit * x.shape[-1])
-        return self.projector.linear_2(activation("gelu")(self.projector.linear_1(x)))
+        return self.projector.linear_2(activated(self.projector.linear_1(x), "gelu"))

@@ -1,9 +1,6 @@
-"""Activation functions and the two feed-forward blocks."""
+"""The two feed-forward blocks."""
 
 from __future__ import annotations
-
-import functools
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import nnx
@@ -11,11 +8,6 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.stable import activated, gated
 from quota_jax.nn.linear import Linear
-
-
-def activation(name: str) -> Callable[[Array], Array]:
-    """The activation of a Hugging Face ``hidden_act``."""
-    return functools.partial(activated, name=name)
 
 
 class Mlp(nnx.Module):
@@ -37,10 +29,9 @@ class Mlp(nnx.Module):
         return self.gate_up if self.gated else self.up
 
     def __call__(self, x: Float[Array, "*rows D"], layer: Array | int | None = None) -> Array:
-        act = activation(self.hidden_act)
         if self.gated:
             gate, up = jnp.split(self.gate_up(x, layer), 2, axis=-1)
             if self.hidden_act == "silu":
                 return self.down(gated(gate, up), layer)
-            return self.down(act(gate) * up, layer)
-        return self.down(act(self.up(x, layer)), layer)
+            return self.down(activated(gate, self.hidden_act) * up, layer)
+        return self.down(activated(self.up(x, layer), self.hidden_act), layer)

@@ -52,7 +52,7 @@ def lower(function, *shapes) -> str:
 
 
 def example(
-    rng, rows, inputs, dtype, *, gated, added, norm, transform, clip
+    rng, rows, inputs, dtype, *, gated, added, norm, transform, clip, padding=0
 ) -> tuple[Any, Any, Any]:
     """Input, what is added, and parameters of three layers."""
 
@@ -66,7 +66,8 @@ def example(
         right=draw(3, b, b) / b**0.5 if transform == "both" else None,
         clip=jnp.asarray(0.8 + 0.2 * rng.random((3, 2), np.float32)) if clip else None,
     )
-    x = draw(rows, 2 * inputs if gated else inputs).astype(dtype)
+    # Padding is not looked at: it may hold anything here.
+    x = draw(rows, (2 if gated else 1) * (inputs + padding)).astype(dtype)
     return x, draw(rows, inputs).astype(dtype) if added else None, sites
 
 
@@ -77,6 +78,7 @@ CASES = {
     "padded factors": (2, 380, {"norm": True, "transform": "both"}),
     "across heads": (3, 128, {"transform": "heads", "clip": True}),
     "gate": (5, 96, {"gated": True, "transform": "both"}),
+    "gate and padding": (5, 380, {"gated": True, "transform": "both", "padding": 6}),
 }
 
 
@@ -117,6 +119,17 @@ def test_the_transform_is_the_kronecker_product():
     assert np.abs(back - np.asarray(x) @ whole).max() <= 0.501 * np.asarray(heads.scale).max()
 
 
+def test_padding_gets_zeros_and_changes_nothing_else():
+    (x, _, sites), _ = made("gate", 4, jnp.float32)
+    own = {"left": sites.left, "right": sites.right, "gated": True, "bits": 4}
+    wide = jnp.pad(x.reshape(5, 2, 96), ((0, 0), (0, 0), (0, 32))).reshape(5, 256)
+    expected = transform_quantize(x, 1, **own)
+    found = transform_quantize(wide, 1, **own, padding=32)
+    np.testing.assert_array_equal(found.codes[:, :96], expected.codes)
+    np.testing.assert_array_equal(found.codes[:, 96:], 0)
+    np.testing.assert_array_equal(found.scale, expected.scale)
+
+
 @newer_jax
 @triton
 @pytest.mark.parametrize("name", CASES)
@@ -126,6 +139,7 @@ def test_the_kernel_in_the_interpreter_equals_the_reference(name, rows):
 
     (x, added, sites), options = made(name, 3, jnp.float32)
     kwargs: dict[str, Any] = {"bits": 4, "eps": 1e-5, "gated": options.get("gated", False)}
+    kwargs["padding"] = options.get("padding", 0)
     found = transform_quantize_triton(
         x, added, sites, jnp.int32(2), **kwargs, plan=Plan(rows=rows, warps=4), interpret=True
     )
@@ -166,6 +180,8 @@ def test_the_kernel_lowers_for_the_sizes_of_both_models(inputs, rows):
     [
         ({"bits": 3}, "bits must be 4 or 8"),
         ({"right": jnp.eye(4)}, "right needs left"),
+        ({"left": jnp.eye(4), "padding": 4}, "padding needs right"),
+        ({"left": jnp.eye(4), "right": jnp.eye(4), "padding": 4}, "do not make 12 inputs"),
         ({"left": jnp.eye(5), "right": jnp.eye(4)}, "do not make 16 inputs"),
         ({"gated": True, "norm": jnp.ones(8)}, "neither a norm nor a sum"),
         ({"impl": "pallas_triton"}, "needs an NVIDIA GPU"),

@@ -32,6 +32,7 @@ def transform_quantize(
     left: Array | None = None,
     right: Array | None = None,
     clip: Array | None = None,
+    padding: int = 0,
     impl: str = AUTO,
 ) -> Quantized:
     """``Q(T(norm(x + added)))``, ``Q(T(silu(gate) * up))`` or ``Q(T(activation(x)))``: integers for
@@ -45,10 +46,12 @@ def transform_quantize(
       norm: weight ``[K]`` of an RMSNorm, with ``eps``.
       norm_bias: ``[K]``; given, the norm is a LayerNorm: centred, with this bias.
       activation: one of ``stable.ACTIVATIONS``, of what comes without a gate.
-      left, right: factors ``[a, a]``, ``[b, b]`` of the transform, ``K = a b`` (FlatQuant, Sun et
-        al. 2025, section 3.1): a row as a matrix ``a x b`` becomes ``left^T X right``. ``left``
-        alone mixes ``a`` heads of ``K / a``.
+      left, right: factors ``[a, a]``, ``[b, b]`` of the transform, ``K = a b + padding``
+        (FlatQuant, Sun et al. 2025, section 3.1): a row as a matrix ``a x b`` becomes
+        ``left^T X right``. ``left`` alone mixes ``a`` heads of ``K / a``.
       clip: factors ``[2]`` of a row's largest and smallest value.
+      padding: so many of the ``K`` channels, the last ones, are no part of the transform: their
+        codes are 0 (a next matmul that is wider than its input: ``models.alignment``).
       impl: "auto" or the name of an implementation; a named one that cannot run raises ValueError.
 
     ``scale`` is the largest absolute value over ``2^(bits - 1) - 1``; codes are rounded to nearest,
@@ -59,6 +62,8 @@ def transform_quantize(
         raise ValueError(f"transform_quantize: bits must be 4 or 8, got {bits}")
     if left is None and right is not None:
         raise ValueError("transform_quantize: right needs left")
+    if padding and (right is None or norm is not None):
+        raise ValueError("transform_quantize: padding needs right, and no norm before it")
     if gated and (added is not None or norm is not None):
         raise ValueError("transform_quantize: a gated input has neither a norm nor a sum before it")
     if norm_bias is not None and norm is None:
@@ -74,7 +79,7 @@ def transform_quantize(
             raise ValueError(
                 "transform_quantize: neither a norm nor a sum stands before activation"
             )
-    inputs = x.shape[-1] // 2 if gated else x.shape[-1]
+    inputs = (x.shape[-1] // 2 if gated else x.shape[-1]) - padding
     if left is not None:
         a = left.shape[-1]
         b = inputs // a if right is None else right.shape[-1]
@@ -93,7 +98,13 @@ def transform_quantize(
     stacks = [norm, norm_bias, left, right, clip]
     if layer is None:
         stacks, layer = [None if a is None else a[None] for a in stacks], 0
-    options = {"bits": bits, "eps": eps, "gated": gated, "activation": activation}
+    options = {
+        "bits": bits,
+        "eps": eps,
+        "gated": gated,
+        "activation": activation,
+        "padding": padding,
+    }
 
     def reference(x, added, sites, layer):
         def own(array):

@@ -47,10 +47,12 @@ class Plan:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Work:
-    """What one call does. ``factors``: ``(a, b)``, or ``(1, K)`` without a transform."""
+    """What one call does. ``factors``: ``(a, b)``, or ``(1, K)`` without a transform; ``padding``:
+    channels behind theirs."""
 
     total: int
     factors: tuple[int, int]
+    padding: int
     bits: int
     eps: float
     gated: bool
@@ -81,6 +83,7 @@ def transform_quantize_triton(
     eps: float,
     gated: bool = False,
     activation: str | None = None,
+    padding: int = 0,
     plan: Plan | None = None,
     interpret: bool = False,
 ) -> Quantized:
@@ -92,7 +95,8 @@ def transform_quantize_triton(
     plan = plan or Plan.of(total, inputs, transform)
     work = Work(
         total=total,
-        factors=(a, inputs // a),
+        factors=(a, (inputs - padding) // a),
+        padding=padding,
         bits=bits,
         eps=eps,
         gated=gated,
@@ -197,7 +201,7 @@ def _kernel(*refs: Any, work: Work) -> None:
         if work.gated:
             sigmoid = (1.0 / (1.0 + jnp.exp(-x))).astype(dtype).astype(jnp.float32)
             gate = (x * sigmoid).astype(dtype).astype(jnp.float32)
-            up = load(x_ref, row, inputs + place, mask=mask).astype(jnp.float32)
+            up = load(x_ref, row, inputs + work.padding + place, mask=mask).astype(jnp.float32)
             x = (gate * up).astype(dtype).astype(jnp.float32)
         if work.activation is not None:
             x = _activated(x, work.activation).astype(dtype).astype(jnp.float32)
@@ -225,6 +229,11 @@ def _kernel(*refs: Any, work: Work) -> None:
         x = jnp.clip(x / scale, -limit - 1, limit)
         codes = nearest(x)
         plt.store(codes_ref.at[row, place], codes.astype(jnp.int8), mask=mask)
+        if work.padding:
+            behind = jnp.arange(pl.next_power_of_2(work.padding))
+            zeros = jnp.zeros(behind.shape, jnp.int8)
+            place_of = codes_ref.at[row, inputs + behind]
+            plt.store(place_of, zeros, mask=behind < work.padding)
         scale_ref[row] = scale
 
     first = pl.program_id(0) * work.rows

@@ -57,6 +57,7 @@ def transform_quantize_reference(
     eps: float,
     gated: bool = False,
     activation: str | None = None,
+    padding: int = 0,
 ) -> Quantized:
     """See ``pallas_kernels.transform_quantize.transform_quantize``; ``sites`` of one layer."""
     states = None if added is None else summed(x, added)
@@ -68,7 +69,7 @@ def transform_quantize_reference(
     if sites.norm is not None:
         x = normed(x, sites.norm, sites.norm_bias, eps)
     if sites.left is not None:
-        x = _kronecker(x, sites.left, sites.right)
+        x = _kronecker(x[:, : x.shape[1] - padding], sites.left, sites.right)
     x = x.astype(jnp.float32)
     limit = 2 ** (bits - 1) - 1
     if sites.clip is None:
@@ -77,6 +78,7 @@ def transform_quantize_reference(
         largest = jnp.maximum(x.max(-1) * sites.clip[0], -x.min(-1) * sites.clip[1])
     scale = jnp.maximum(largest, TINY) / limit
     codes = jnp.clip(jnp.round(x / scale[:, None]), -limit - 1, limit)
+    codes = jnp.pad(codes, ((0, 0), (0, padding)))
     scale = jnp.pad(scale, (0, whole(scale.shape[0]) - scale.shape[0]))
     return Quantized(codes.astype(jnp.int8), scale, states)
 

@@ -12,6 +12,7 @@ from flax import nnx
 
 from quota_jax.config import ModelConfig, TextConfig
 from quota_jax.errors import QuotaError
+from quota_jax.models.alignment import align
 from quota_jax.models.build import nest
 from quota_jax.models.llava import Llava
 from quota_jax.models.qwen2_5_vl import QwenVl
@@ -167,7 +168,7 @@ def build_model(
     config: ModelConfig, quantization: QuantizationConfig | None, params: Mapping[str, Any]
 ) -> VisionLanguageModel:
     """The model over ``params`` (arrays or shapes). Float weights of a quantized module are
-    simulated.
+    simulated; packed feed-forward blocks may be widened, see ``models.alignment``.
 
     Raises:
       QuotaError: layers of different bits would have to be simulated.
@@ -177,11 +178,12 @@ def build_model(
         if any(name.endswith(".weight") for name in floats):
             raise QuotaError("method 'luq' runs from stored integers only, not from float weights")
     kind = MODELS[config.model_type]
-    return kind(nest(params), config, quantization or QuantizationConfig.none)
+    quantization = quantization or QuantizationConfig.none
+    return kind(nest(align(params, quantization)), config, quantization)
 
 
 def flatten_params(model: VisionLanguageModel) -> dict[str, jax.Array]:
-    """The inverse of ``build_model``: dotted names to arrays."""
+    """The inverse of ``build_model``: dotted names to arrays (widened ones stay so)."""
     state = nnx.state(model, nnx.Param)
     flat = nnx.to_flat_state(state)
     return {".".join(map(str, path)): variable[...] for path, variable in flat}

@@ -154,6 +154,10 @@ class Linear(nnx.Module):
             assert not before, "an input scale comes after what stands before"
             x = self._scaled(x, layer)
         given = {name: getattr(self, name)[...] for name in SITES if name in self.names}
+        if "right" in given:
+            # A widened weight (``models.alignment``); the transform has the true width.
+            true = given["left"].shape[-1] * given["right"].shape[-1]
+            before["padding"] = 2 * self.packed.shape[-1] - true
         return transform_quantize(x, layer, bits=self.activation_bits, **given, **before)
 
     def multiply(

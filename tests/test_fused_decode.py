@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -26,6 +28,7 @@ from quota_jax.config import PRESETS
 from quota_jax.kv_cache import CacheGroup
 from quota_jax.models import fused_layers
 from quota_jax.models.fused_decode import obstacle
+from quota_jax.models.fused_prefill import run_layers
 from quota_jax.models.params import abstract_params, build_model
 from quota_jax.quant.calibrate import calibrate
 from quota_jax.quantization import QuantizationConfig
@@ -268,6 +271,34 @@ def test_a_prefill_at_7b_lowers_to_one_launch_between_matmuls(monkeypatch, metho
     # Codes are written in place: nothing copies a layer's into the stack.
     updates = [line for line in text.splitlines() if "dynamic_update_slice" in line]
     assert not any("ui8" in line for line in updates)
+
+
+@newer_jax
+@pytest.mark.parametrize("batch", [1, 2, 8])
+def test_tokens_that_are_no_whole_groups_are_not_padded_before_each_matmul(monkeypatch, batch):
+    for api in (matmul_api, quantize_api, encode_api):
+        monkeypatch.setattr(api, "find_gpu", lambda: HOPPER)
+    monkeypatch.setenv("QUOTA_JAX_XLA", "sequence_attention")
+    config = PRESETS["llava_1_5_7b"]
+    layers = abstract_model(config, METHODS["RTN"]).decoder.layers
+    spec: Any = jax.ShapeDtypeStruct
+    states = spec((batch, 237, 4096), jnp.bfloat16)
+    angle = spec((batch, 237, 64), jnp.float32)
+    lengths = spec((batch,), jnp.int32)
+
+    def run(layers, x, cos, sin, lengths):
+        sequence: Any = SimpleNamespace(lengths=lengths)
+        return run_layers(layers, x, sequence, (cos, sin), 6, 26, sm_scale=0.1)
+
+    text = lower(run, layers, states, angle, angle, lengths)
+    assert text.count("custom_call @mosaic_gpu_v2") == 4
+    # From the codes of tokens to those with more: none; the pads that are left change nothing.
+    codes = re.findall(r"stablehlo\.pad .*\(tensor<(\w+)xi8>.* -> tensor<(\w+)xi8>", text)
+    assert codes
+    assert all(given == made for given, made in codes)
+    (out, _), stored = jax.eval_shape(run, layers, states, angle, angle, lengths)
+    assert out.shape == states.shape
+    assert stored[0][0].shape == (26, batch, 237, 32, 64)
 
 
 @newer_jax

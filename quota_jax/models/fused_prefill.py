@@ -6,10 +6,14 @@
            ─ transform_quantize ─ int4_matmul (down)
 
 With another cache than one of 4-bit codes by token its modules stand in place of ``kv4_encode``.
+
+Sequences are padded to whole groups of ``ROWS`` tokens for the time of the layers: ``int4_matmul``
+would pad before and cut behind each product.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
@@ -22,6 +26,9 @@ from quota_jax.models import fused_layers
 from quota_jax.nn.attention_cache import Angles, Stored
 from quota_jax.prune.select import Sequence
 from quota_jax.quant.quantizers import KV_SCALE_DTYPE
+
+ROWS = 8
+"""Rows of a whole group, all samples of a batch together."""
 
 
 def run_layers(
@@ -44,9 +51,12 @@ def run_layers(
       The last layer's states, what it still adds to them (both ``[B, S, D]``), and what the layers'
       caches store, ``[count, B, S, K, ...]``.
     """
-    shape, (attn, cache) = x.shape[:2], (layers.attn, layers.cache)
+    tokens, (attn, cache) = x.shape[1], (layers.attn, layers.cache)
+    # What is added stands behind a sample's length, where no token looks.
+    x, cos, sin = (_whole_rows(array) for array in (x, *angles))
+    shape, angles = x.shape[:2], (cos, sin)
     sites = fused_layers.stacks(cache, "query_transform", "key_transform", "clip")
-    cos, sin = (a.reshape(-1, a.shape[-1]) for a in angles)
+    flat_angles = [a.reshape(-1, a.shape[-1]) for a in angles]
     read_dtype = operand_dtype(x.dtype, attn.head_dim)
 
     def layer(carry: Any, index: Array) -> tuple[Any, Any]:
@@ -60,8 +70,7 @@ def run_layers(
         else:
             *heads, packed = kv4_encode(
                 joined,
-                cos,
-                sin,
+                *flat_angles,
                 *packed,
                 layer=index,
                 site_layer=at,
@@ -82,8 +91,14 @@ def run_layers(
     )
     if packed is not None:
         stored = jax.tree.map(lambda a: a.reshape(count, *shape, *a.shape[2:]), packed)
-    states, added = (a.reshape(x.shape) for a in pair)
-    return (states, added), stored
+    states, added = (a.reshape(x.shape)[:, :tokens] for a in pair)
+    return (states, added), jax.tree.map(lambda a: a[:, :, :tokens], stored)
+
+
+def _whole_rows(array: Float[Array, "B S width"]) -> Array:
+    """With as many more tokens for each sample as make the rows a multiple of ``ROWS``."""
+    unit = ROWS // math.gcd(ROWS, array.shape[0])
+    return jnp.pad(array, ((0, 0), (0, -array.shape[1] % unit), (0, 0)))
 
 
 def _room(count: int, rows: int, attn: Any) -> Stored:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from quota_jax.checkpoint import Checkpoint, open_checkpoint, set_recipe
+from quota_jax.programs import release_many_programs
 from quota_jax.prune.divergence import measure_divergences, with_weights
 from quota_jax.prune.sensitivity import (
     Sensitivities,
@@ -167,6 +168,7 @@ def _measure(
             if progress is not None:
                 progress(f"{place.name}, comparing answers, step {step}", done, total)
 
+        release_many_programs()
         journal = place.with_name(f"{place.name}.divergences-{step}")
         return measure_divergences(
             quantized, reference, samples, recipes, journal, dtype=DTYPE, progress=tell
@@ -186,6 +188,7 @@ def deployed_sensitivities(
     place = quantized.path
     file = place.with_name(f"{place.name}.sensitivities.json")
     if not file.exists():
+        release_many_programs()
         measure_sensitivities(
             quantized,
             reference,

@@ -6,7 +6,6 @@ that tests start.
 
 from __future__ import annotations
 
-import gc
 import importlib.util
 import os
 import re
@@ -72,13 +71,23 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def release_programs() -> Iterator[None]:
-    """Frees compiled programs after each file: every one holds memory maps, and a process may have
-    65,530 of them before it aborts."""
+def release_after_file() -> Iterator[None]:
+    """Frees compiled programs after each file."""
     yield
     if "jax" in sys.modules:
-        sys.modules["jax"].clear_caches()
-        gc.collect()
+        from quota_jax.programs import release_programs
+
+        release_programs()
+
+
+@pytest.fixture(autouse=True)
+def release_after_test() -> Iterator[None]:
+    """Frees them between the tests of a file too where they are many."""
+    yield
+    if "jax" in sys.modules:
+        from quota_jax.programs import release_many_programs
+
+        release_many_programs()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,7 @@ import pytest
 from PIL import Image
 
 import quota_jax as qj
+import quota_jax.evaluate.engine as engine_module
 from converters import convert
 from quota_jax.checkpoint import Checkpoint, open_checkpoint
 from quota_jax.cli import main
@@ -105,6 +106,30 @@ def test_answers_equal_generate_and_each_bucket_is_one_program(checkpoint: Path,
     found = measure_throughput(engine, prompts, ahead=3)
     assert (engine.programs, found.timings.samples, found.timings.compile) == (2, 12, 0.0)
     assert found.share == found.timings.samples_per_second / found.bare > 0
+
+
+def test_programs_that_are_too_many_are_dropped_and_compiled_again(
+    checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """With as many as one being too many; what runs already is not disturbed."""
+    vlm, found = qj.load(checkpoint), []
+    prompts = encode(asked(TinyTask(), data), vlm.processor)
+    for crowded in (False, True):
+        monkeypatch.setattr(engine_module, "many_programs", lambda crowded=crowded: crowded)
+        engine = Engine(
+            model=vlm.model,
+            processor=vlm.processor,
+            recipe=RECIPE,
+            mesh=local_mesh(jax.local_devices()[:1]),
+            batch_size=2,
+        )
+        groups = plan(prompts, engine.rows)
+        # The buckets in turns, so that a dropped one is needed again.
+        groups = groups[::2] + groups[1::2]
+        found.append([answers for _, answers in engine.answer(prompts, groups)])
+        assert (engine.programs > 2) == crowded
+        assert (len(engine._programs) == 1) == crowded
+    assert found[0] == found[1]
 
 
 def test_batches_of_a_bucket_have_one_shape_whatever_the_sizes_of_pictures(tmp_path: Path):

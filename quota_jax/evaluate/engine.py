@@ -31,6 +31,7 @@ from quota_jax.generation import check_recipe
 from quota_jax.models.vision_language import VisionLanguageModel
 from quota_jax.processing import Processor
 from quota_jax.processing.pictures import Picture
+from quota_jax.programs import many_programs, release_programs
 from quota_jax.recipe import Recipe
 from quota_jax.sampling import Sampling
 
@@ -95,7 +96,7 @@ class Engine:
 
     batch_size: rows on one device, so a batch has ``batch_size`` times the devices. The program of
     a device does not depend on how many there are, nor do its answers. workers: threads that read
-    pictures.
+    pictures. programs: compiled so far, one for each bucket met.
     """
 
     model: VisionLanguageModel
@@ -105,6 +106,7 @@ class Engine:
     batch_size: int = 16
     workers: int = 4
     timings: Timings = field(default_factory=Timings)
+    programs: int = 0
     _programs: dict[Bucket, Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -117,11 +119,6 @@ class Engine:
     def rows(self) -> int:
         """Rows of a batch over all devices."""
         return self.batch_size * self.mesh.size
-
-    @property
-    def programs(self) -> int:
-        """Compiled programs so far: one for each bucket met."""
-        return len(self._programs)
 
     def answer(
         self, prompts: Sequence[Prompt], groups: Sequence[Group]
@@ -186,7 +183,11 @@ class Engine:
         begun = time.perf_counter()
         new = group.bucket not in self._programs
         if new:
+            if many_programs():
+                self._programs.clear()
+                release_programs()
             self._programs[group.bucket] = self._compile(group.bucket, batch, sampling)
+            self.programs += 1
         return Prepared(
             program=self._programs[group.bucket],
             batch=batch,

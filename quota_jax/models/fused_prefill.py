@@ -56,7 +56,7 @@ def run_layers(
     x, cos, sin = (_whole_rows(array) for array in (x, *angles))
     shape, angles = x.shape[:2], (cos, sin)
     sites = fused_layers.stacks(cache, "query_transform", "key_transform", "clip")
-    flat_angles = [a.reshape(-1, a.shape[-1]) for a in angles]
+    flat_cos, flat_sin = (a.reshape(-1, a.shape[-1]) for a in angles)
     read_dtype = operand_dtype(x.dtype, attn.head_dim)
 
     def layer(carry: Any, index: Array) -> tuple[Any, Any]:
@@ -70,7 +70,8 @@ def run_layers(
         else:
             *heads, packed = kv4_encode(
                 joined,
-                *flat_angles,
+                flat_cos,
+                flat_sin,
                 *packed,
                 layer=index,
                 site_layer=at,

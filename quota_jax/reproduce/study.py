@@ -29,6 +29,7 @@ from quota_jax.evaluate.runner import Evaluation
 from quota_jax.evaluate.task import Instance, Scores, Task
 from quota_jax.evaluate.tasks import TASKS
 from quota_jax.pipeline import PipelineOptions, derived_recipe, selector
+from quota_jax.programs import release_many_programs
 from quota_jax.prune.sensitivity import (
     Sensitivities,
     SensitivityOptions,
@@ -274,6 +275,7 @@ class Study:
         return self.complete(row) or (only == "weights" and self._prepared(row))
 
     def _make_row(self, row: Row, log: Log, only: str | None) -> None:
+        release_many_programs()
         if only == "weights":
             self._prepare(row, log)
         elif only == "runs" and not self._prepared(row):

@@ -43,6 +43,18 @@ def has_tpu() -> bool:
         return False
 
 
+def triton_refusal(count: int) -> str | None:
+    """Why a Pallas-Triton kernel cannot reach all of ``count`` bytes one by one; None if it can.
+
+    jax 0.11.2 makes offsets 64 bits wide for arrays of more than 4 GiB. Up to there they are signed
+    numbers of 32 bits, and those of elements beyond 2^31 would point before the array.
+    """
+    if 1 << 31 < count <= 1 << 32:
+        gib = count / (1 << 30)
+        return f"{gib:.1f} GiB of codes: Pallas' Triton offsets are wrong between 2 and 4 GiB"
+    return None
+
+
 def on_platform(
     platform: str, kernel: Callable[..., Any], elsewhere: Callable[..., Any]
 ) -> Callable[..., Any]:

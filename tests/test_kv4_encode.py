@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 import pallas_kernels.attention.api as attention_api
+import pallas_kernels.kv4_append.api as append_api
 import pallas_kernels.kv4_encode.api as encode_api
 import quota_jax as qj
 from pallas_kernels.attention import operand_dtype
+from pallas_kernels.kv4_append import kv4_append
 from pallas_kernels.kv4_attention import dequantize
 from pallas_kernels.kv4_encode import kv4_encode, kv4_encode_reference
 from pallas_kernels.kv4_encode.reference import Sites
@@ -243,6 +245,37 @@ def test_auto_follows_the_gpu_and_the_size_of_heads(monkeypatch):
     assert encode_api.automatic(256) == "pallas_triton"
     assert encode_api.automatic(256, transformed=True) == "xla"
     assert "a multiple of 4 up to 256" in encode_api.refusals(18)["pallas_triton"]
+
+
+@pytest.mark.parametrize(("batch", "fits"), [(46, True), (47, False), (93, False), (94, True)])
+def test_caches_whose_codes_the_kernels_cannot_reach_are_left_to_xla(monkeypatch, batch, fits):
+    """LLaVA-1.5-7B unpruned, 704 places a sample: 2^31 bytes of keys are between 46 and 47 samples,
+    2^32 between 93 and 94."""
+    taken = []
+
+    def on_platform(platform, kernel, elsewhere):
+        taken.append(platform)
+        return elsewhere
+
+    for api in (encode_api, append_api):
+        monkeypatch.setattr(api, "find_gpu", lambda: HOPPER)
+        monkeypatch.setattr(api, "on_platform", on_platform)
+    spec: Any = jax.ShapeDtypeStruct
+    qkv = spec((batch, 96 * 128), jnp.bfloat16)
+    half, index = spec((batch, 64), jnp.float32), spec((), jnp.int32)
+
+    def stack(*shape):
+        return spec((*shape, 64), jnp.uint8), spec(shape, jnp.bfloat16), spec(shape, jnp.uint8)
+
+    cache = stack(32, batch, 32, 704)
+    lengths = spec((batch,), jnp.int32)
+    jax.eval_shape(kv4_append, qkv, half, half, cache, cache, lengths, index)
+    assert taken == ["cuda"] * fits
+    rows = batch * 704
+    qkv, half = spec((rows, 96 * 128), jnp.bfloat16), spec((rows, 64), jnp.float32)
+    cache = stack(32, rows, 32)
+    jax.eval_shape(kv4_encode, qkv, half, half, cache, cache, index)
+    assert taken == ["cuda"] * 2 * fits
 
 
 def test_keys_are_read_back_in_the_dtype_that_attention_takes(monkeypatch):

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels.accelerator import find_gpu, on_platform
+from pallas_kernels.accelerator import find_gpu, on_platform, triton_refusal
 from pallas_kernels.dispatch import AUTO, resolve
 from pallas_kernels.kv4_append.reference import Appended, Packed, Sites, kv4_append_reference
 from pallas_kernels.kv4_encode.reference import query_heads
@@ -52,7 +52,8 @@ def kv4_append(
     stored dtype first; the range always contains 0.
     """
     query_heads("kv4_append", qkv.shape[-1], 2 * cos.shape[-1], key[0].shape[2])
-    name = resolve("kv4_append", impl, automatic(), IMPLEMENTATIONS, refusals())
+    size = key[0].size
+    name = resolve("kv4_append", impl, automatic(size), IMPLEMENTATIONS, refusals(size))
     layer = jnp.asarray(layer, jnp.int32)
     place = layer if site_layer is None else jnp.asarray(site_layer, jnp.int32)
     sites = Sites(query_transform, key_transform, clip, bias)
@@ -72,11 +73,14 @@ def kv4_append(
     return kernel(*arrays) if impl != AUTO else on_platform("cuda", kernel, reference)(*arrays)
 
 
-def automatic() -> str:
+def automatic(codes: int = 0) -> str:
     """The kernel wherever it can run (``measured/decode_kernels.md``)."""
-    return "xla" if refusals() else "pallas_triton"
+    return "xla" if refusals(codes) else "pallas_triton"
 
 
-def refusals() -> dict[str, str]:
-    """Why the kernel cannot run here."""
-    return {"pallas_triton": "it needs an NVIDIA GPU"} if find_gpu() is None else {}
+def refusals(codes: int = 0) -> dict[str, str]:
+    """Why the kernel cannot run here; ``codes``: bytes of the whole stack of keys."""
+    if find_gpu() is None:
+        return {"pallas_triton": "it needs an NVIDIA GPU"}
+    reason = triton_refusal(codes)
+    return {"pallas_triton": reason} if reason else {}

@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallas_kernels.accelerator import find_gpu, on_platform
+from pallas_kernels.accelerator import find_gpu, on_platform, triton_refusal
 from pallas_kernels.dispatch import AUTO, resolve
 from pallas_kernels.kv4_encode.reference import (
     Encoded,
@@ -67,9 +67,9 @@ def kv4_encode(
     name = resolve(
         "kv4_encode",
         impl,
-        automatic(2 * half, transformed),
+        automatic(2 * half, transformed, key[0].size),
         IMPLEMENTATIONS,
-        refusals(2 * half, transformed),
+        refusals(2 * half, transformed, key[0].size),
     )
     layer = jnp.asarray(layer, jnp.int32)
     place = layer if site_layer is None else jnp.asarray(site_layer, jnp.int32)
@@ -88,20 +88,22 @@ def kv4_encode(
     return kernel(*arrays) if impl != AUTO else on_platform("cuda", kernel, reference)(*arrays)
 
 
-def automatic(head_dim: int, transformed: bool = False) -> str:
+def automatic(head_dim: int, transformed: bool = False, codes: int = 0) -> str:
     """The kernel, where it can run."""
-    return "xla" if refusals(head_dim, transformed) else "pallas_triton"
+    return "xla" if refusals(head_dim, transformed, codes) else "pallas_triton"
 
 
-def refusals(head_dim: int, transformed: bool = False) -> dict[str, str]:
-    """Why the kernel cannot run here; ``transformed``: queries or keys are."""
+def refusals(head_dim: int, transformed: bool = False, codes: int = 0) -> dict[str, str]:
+    """Why the kernel cannot run here; ``transformed``: queries or keys are; ``codes``: bytes of the
+    whole stack of keys."""
     if find_gpu() is None:
         return {"pallas_triton": "it needs an NVIDIA GPU"}
     widest = WIDEST // 2 if transformed else WIDEST
     if head_dim % 4 or head_dim > widest:
         # Two codes share a byte, and a program holds the two halves of a head apart.
         return {"pallas_triton": f"heads of {head_dim}: a multiple of 4 up to {widest} is needed"}
-    return {}
+    reason = triton_refusal(codes)
+    return {"pallas_triton": reason} if reason else {}
 
 
 def _check(qkv: Array, cos: Array, sin: Array, key: Packed, value: Packed, sites: Sites) -> None:

@@ -16,13 +16,15 @@ from quota_jax.pipeline import PipelineOptions, equal_recipe, selector
 from quota_jax.prune.presets import AT_EXIT, Protocol, llm_flops_ratio, peer_recipe
 from quota_jax.prune.weights import METRICS, QuotaWeights
 from quota_jax.quantization import MODULES, QuantizationConfig
-from quota_jax.recipe import Recipe
+from quota_jax.recipe import MERGING, Recipe
 from quota_jax.reproduce.rows import FULL, KEEP, LOW_BIT, equal, flatquant, variant_row
 from quota_jax.reproduce.study import Derived, Row
 from quota_jax.reproduce.weights import Weights
 from quota_jax.testbed.outliers import CHANNELS, FACTOR
 
 RATIOS = (0.5, 0.4, 0.3, 0.2, 0.1, 0.05)
+NUMBERED = (KEEP, 0.1)
+"""Ratios at which peers that number tokens anew are run with positions kept too."""
 PEERS = (
     "fastv", "pyramid_drop", "vtw", "div_prune", "mmtok", "visionzip", "qapruner", "sqap",
     "text_attention", "random", "stride",
@@ -276,7 +278,8 @@ def table5(plan: Plan) -> Table:
 
 
 def peers(plan: Plan) -> Table:
-    """Selectors at equal LLM FLOPs, in full precision and in 4 bits."""
+    """Selectors at equal LLM FLOPs, in full precision and in 4 bits; those that number what they
+    keep anew also without it (`NUMBERED`), which tells their choice from their numbering."""
     config, rows = plan.config, [FULL]
     notes: list[str] = []
     seed = plan.seeds[0]
@@ -307,6 +310,10 @@ def peers(plan: Plan) -> Table:
                 Row(label=f"{name} {share}", recipe=recipe, facts=facts),
                 Row(label=f"W4A8KV4 {name} {share}", weights=low, recipe=recipe, facts=facts),
             ]
+            if keep in NUMBERED and recipe.positions == "renumber" and name not in MERGING:
+                kept = dataclasses.replace(recipe, positions="keep")
+                label = f"{name}, positions kept, {share}"
+                rows.append(Row(label=label, recipe=kept, facts=facts))
     return Table(
         name="peers",
         title="Selectors at the LLM FLOPs of QUOTA's recipe",

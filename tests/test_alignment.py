@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import quota_jax as qj
 import quota_jax.models.params as params_module
+from quota_jax.bench import example_batch
 from quota_jax.config import PRESETS
 from quota_jax.models.alignment import align, aligned_width
 from quota_jax.models.params import abstract_params, build_model
 from quota_jax.quantization import QuantizationConfig
-from tests.decode_samples import METHODS
+from quota_jax.recipe import Recipe
+from tests.decode_samples import METHODS, random_model, tiny_config
 from tests.test_fused_tower import run, tower
 
 
@@ -40,6 +43,26 @@ def test_a_widened_tower_computes_the_same_bits(monkeypatch, family, method):
     assert expected.std() > 0.1
     np.testing.assert_array_equal(run(wide, pixels), expected)
     np.testing.assert_array_equal(run(wide, pixels, monkeypatch), expected)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen"])
+def test_a_widened_decoder_computes_the_same_bits(monkeypatch, family):
+    """A pruned prefill and four steps, with FlatQuant's transforms of the true width."""
+    config, found = tiny_config(family, intermediate_size=124), []
+    batch = example_batch(config, 2, 16)
+    recipe = Recipe.uniform(num_layers=4, layers=[1], keep=0.5)
+    for aligned in (False, True):
+        with monkeypatch.context() as patch:
+            if not aligned:
+                patch.setattr(params_module, "align", lambda params, quantization: params)
+            model = random_model(config, METHODS["FlatQuant"], jnp.dtype("bfloat16"))
+        assert 2 * model.decoder.layers.mlp.down.packed.shape[-1] == (128 if aligned else 124)
+        logits, _ = qj.prefill(model, batch, recipe=recipe)
+        tokens = qj.generate(model, batch, recipe=recipe, max_new_tokens=5).tokens
+        found.append((np.asarray(logits), np.asarray(tokens)))
+    for one, other in zip(*found, strict=True):
+        assert np.ptp(one) > 0.1
+        np.testing.assert_array_equal(one, other)
 
 
 def test_shapes_of_a_real_tower_are_widened_without_arrays():

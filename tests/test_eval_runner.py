@@ -63,16 +63,21 @@ def asked(task: TinyTask, data: Path, **options: Any) -> list[Request]:
     ]
 
 
-def test_answers_equal_generate_and_each_bucket_is_one_program(checkpoint: Path, data: Path):
-    vlm, task = qj.load(checkpoint), TinyTask()
-    engine = Engine(
+def make_engine(vlm: qj.Vlm, **options: Any) -> Engine:
+    """Two rows at a time, on one device."""
+    return Engine(
         model=vlm.model,
         processor=vlm.processor,
         recipe=RECIPE,
         mesh=local_mesh(jax.local_devices()[:1]),
         batch_size=2,
-        workers=3,
+        **options,
     )
+
+
+def test_answers_equal_generate_and_each_bucket_is_one_program(checkpoint: Path, data: Path):
+    vlm, task = qj.load(checkpoint), TinyTask()
+    engine = make_engine(vlm, workers=3)
     prompts = encode(asked(task, data), vlm.processor)
     groups = plan(prompts, engine.rows)
     answers = {}
@@ -116,13 +121,7 @@ def test_programs_that_are_too_many_are_dropped_and_compiled_again(
     prompts = encode(asked(TinyTask(), data), vlm.processor)
     for crowded in (False, True):
         monkeypatch.setattr(engine_module, "many_programs", lambda crowded=crowded: crowded)
-        engine = Engine(
-            model=vlm.model,
-            processor=vlm.processor,
-            recipe=RECIPE,
-            mesh=local_mesh(jax.local_devices()[:1]),
-            batch_size=2,
-        )
+        engine = make_engine(vlm)
         groups = plan(prompts, engine.rows)
         # The buckets in turns, so that a dropped one is needed again.
         groups = groups[::2] + groups[1::2]

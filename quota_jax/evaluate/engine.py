@@ -106,7 +106,7 @@ class Engine:
     batch_size: int = 16
     workers: int = 4
     timings: Timings = field(default_factory=Timings)
-    programs: int = 0
+    programs: int = field(default=0, init=False)
     _programs: dict[Bucket, Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self):

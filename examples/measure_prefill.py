@@ -53,20 +53,20 @@ def main() -> None:
     begun = time.perf_counter()
     lowered = jax.jit(run).lower(model, batch)
     lowering = time.perf_counter() - begun
-    lowered.compile()
+    program = lowered.compile()
     compiling = time.perf_counter() - begun - lowering
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {options.preset}", flush=True)
     print(f"lowered in {lowering:.1f} s, compiled in {compiling:.1f} s", flush=True)
 
-    jax.block_until_ready(run(model, batch))
+    jax.block_until_ready(program(model, batch))
     whole, starting = [], []
     for _ in range(10):
         begun = time.perf_counter()
-        result = run(model, batch)
+        result = program(model, batch)
         starting.append(time.perf_counter() - begun)
         jax.block_until_ready(result)
         whole.append(time.perf_counter() - begun)
-    kernels = kernel_times(run, model, batch)
+    kernels = kernel_times(program, model, batch)
     print(
         f"{1e3 * statistics.median(whole):.2f} ms, of which the caller is busy for "
         f"{1e3 * statistics.median(starting):.2f}; {len(kernels)} launches, kernels "

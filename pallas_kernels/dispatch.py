@@ -68,8 +68,11 @@ def choices() -> list[tuple[str, str, str]]:
         for tokens in (1, 8, 640)
     ]
     rows += [
-        ("transform_quantize", f"{name}, transformed", quantize(a * b, a))
-        for name, (a, b) in {"4096": (64, 64), "18944": (128, 148)}.items()
+        ("transform_quantize", f"{name}, transformed", quantize(a * b, a, splits=gated))
+        for name, (a, b), gated in (
+            ("norm of 4096", (64, 64), False),
+            ("gate of 18944", (128, 148), True),
+        )
     ]
     rows.append(("kv4_encode", "heads of 128", encode(128)))
     rows.append(("kv4_append", "any", append()))

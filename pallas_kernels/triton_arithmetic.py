@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -16,6 +17,33 @@ the low bits of the sum."""
 def nearest(x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:
     """The nearest integer (ties to even), int32; of numbers beyond 2^22 only the order is kept."""
     return lax.bitcast_convert_type(x + ROUND, jnp.int32) - ROUND_BITS
+
+
+def sigmoid(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    return 1.0 / (1.0 + jnp.exp(-x))
+
+
+def gated_product(
+    gate: Float[Array, "*shape"], up: Float[Array, "*shape"], dtype: Any
+) -> Float[Array, "*shape"]:
+    """``silu(gate) * up`` of float32, every step rounded to ``dtype``: ``stable.gated``."""
+
+    def rounded(x):
+        return x.astype(dtype).astype(jnp.float32)
+
+    return rounded(rounded(gate * rounded(sigmoid(gate))) * up)
+
+
+def activated(x: Float[Array, "*shape"], name: str) -> Float[Array, "*shape"]:
+    """``stable.ACTIVATIONS`` but the exact gelu; all of them keep the zeros of padding."""
+    if name == "relu":
+        return jnp.maximum(x, 0.0)
+    if name == "silu":
+        return x * sigmoid(x)
+    if name == "quick_gelu":
+        return x * sigmoid(1.702 * x)
+    assert name == "gelu_pytorch_tanh", name
+    return x * sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x)))
 
 
 def halves(x: Float[Array, "*shape"]) -> tuple[Array, ...]:

@@ -51,11 +51,11 @@ def assert_near(found, expected, share: float) -> None:
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("rows", [1, 8, 300])
 @pytest.mark.parametrize("transform", [False, True])
-@pytest.mark.parametrize("inputs", [4096, 11008, 3456, 3584, 1280])
+@pytest.mark.parametrize("inputs", [4096, 11008, 18944, 3456, 3584, 1280])
 def test_transform_quantize_equals_the_reference(rng, inputs, transform, rows, bits, dtype):
-    """Behind a gate at 11008 inputs and at 3456, 36 of which are padding; behind sum and norm
-    elsewhere."""
-    gated, dtype = inputs in (11008, 3456), jnp.dtype(dtype)
+    """Behind a gate at 11008 and 18944 inputs and at 3456, 36 of which are padding; behind sum and
+    norm elsewhere."""
+    gated, dtype = inputs in (11008, 18944, 3456), jnp.dtype(dtype)
     options: dict[str, Any] = {"bits": bits, "eps": 1e-5, "gated": gated}
     if transform:
         options["padding"] = 36 if inputs == 3456 else 0

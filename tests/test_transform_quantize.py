@@ -199,8 +199,90 @@ def test_a_transform_that_does_not_fit_is_refused_and_not_taken(monkeypatch):
     monkeypatch.setattr(quantize_api, "find_gpu", lambda: HOPPER)
     assert quantize_api.automatic(11008, 86) == "pallas_triton"
     assert quantize_api.automatic(18944) == "pallas_triton"
+    # Behind a norm one program owns the row.
     assert quantize_api.automatic(18944, 128) == "xla"
     assert "128 x 148" in quantize_api.refusals(18944, 128)["pallas_triton"]
+    assert quantize_api.automatic(18944, 128, splits=True) == "pallas_triton"
+    assert "128 x 296" in quantize_api.refusals(37888, 128, splits=True)["pallas_triton"]
+
+
+def test_rows_are_shared_where_they_must_be_or_are_few_and_long():
+    assert quantize_api.is_split(2560, 18944, 128)
+    assert quantize_api.is_split(8, 11008, 86)
+    assert not quantize_api.is_split(2560, 11008, 86)
+    assert not quantize_api.is_split(1, 4096, 64)
+
+
+SPLIT = {
+    # rows, factors, options; 6 x 148 is read as 128 + 32 columns of which 20 are real.
+    "gate": (5, (8, 12), {"gated": True}),
+    "gate and padding": (3, (19, 20), {"gated": True, "padding": 6}),
+    "large right": (2, (6, 148), {"gated": True, "clip": True}),
+    "tall": (2, (86, 16), {"clip": True}),
+    "activation": (2, (12, 20), {"activation": "quick_gelu", "padding": 3}),
+}
+
+
+def split_example(name, dtype):
+    rows, (a, b), options = SPLIT[name]
+    rng = np.random.default_rng(11)
+
+    def draw(*shape):
+        return jnp.asarray(rng.standard_normal(shape, np.float32))
+
+    clip = jnp.asarray(0.8 + 0.2 * rng.random((3, 2), np.float32))
+    sites = Sites(
+        left=draw(3, a, a) / a**0.5,
+        right=draw(3, b, b) / b**0.5,
+        clip=clip if options.get("clip") else None,
+    )
+    options = {key: value for key, value in options.items() if key != "clip"}
+    width = (2 if options.get("gated") else 1) * (a * b + options.get("padding", 0))
+    return draw(rows, width).astype(dtype), sites, options
+
+
+@newer_jax
+@triton
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("columns", [16, 32])
+@pytest.mark.parametrize("name", SPLIT)
+def test_a_row_of_several_programs_equals_the_reference(name, columns, dtype):
+    from pallas_kernels.transform_quantize.pallas_triton_split import (
+        Plan,
+        transform_quantize_split,
+    )
+
+    x, sites, options = split_example(name, jnp.dtype(dtype))
+    plan = Plan(columns=columns, warps=4)
+    found = transform_quantize_split(
+        x, sites, jnp.int32(2), bits=4, **options, plan=plan, interpret=True
+    )
+    own = jax.tree.map(lambda a: a[2], sites)
+    expected = transform_quantize_reference(x, None, own, bits=4, eps=0.0, **options)
+    np.testing.assert_allclose(found.scale[: len(x)], expected.scale[: len(x)], rtol=3e-5)
+    off = np.abs(np.asarray(found.codes, int) - np.asarray(expected.codes, int))
+    assert off.max() <= 1
+    assert off.mean() <= 2e-3
+    if padding := options.get("padding"):
+        np.testing.assert_array_equal(found.codes[:, -padding:], 0)
+
+
+@newer_jax
+@pytest.mark.parametrize("rows", [1, 8, 2560])
+@pytest.mark.parametrize("inputs", [11008, 18944])
+def test_a_row_of_several_programs_lowers(inputs, rows):
+    from pallas_kernels.transform_quantize.pallas_triton_split import transform_quantize_split
+
+    spec: Any = jax.ShapeDtypeStruct
+    a, b = factor_pair(inputs)
+    sites = Sites(
+        left=spec((3, a, a), jnp.float32),
+        right=spec((3, b, b), jnp.float32),
+        clip=spec((3, 2), jnp.float32),
+    )
+    kernel = functools.partial(transform_quantize_split, bits=4, gated=True)
+    text = lower(kernel, spec((rows, 2 * inputs), jnp.bfloat16), sites, spec((), jnp.int32))
+    assert text.count("triton") >= 2
 
 
 def append_example(rng, heads, dtype, *, full) -> tuple[Any, Any]:

@@ -16,6 +16,11 @@ from pallas_kernels.transform_quantize.reference import (
 )
 
 IMPLEMENTATIONS = ("pallas_triton", "xla")
+LARGEST = 128
+"""Side of a factor: padded to 128 x 256, products would ask one program for 320 KB of shared
+memory; 227 are there."""
+SPLIT_INPUTS, SPLIT_ROWS = 8192, 64
+"""See ``is_split``."""
 
 
 def transform_quantize(
@@ -88,12 +93,13 @@ def transform_quantize(
                 f"transform_quantize: factors of {a} and {b} do not make {inputs} inputs"
             )
     heads = 1 if left is None else left.shape[-1]
+    splits = right is not None and norm is None and added is None
     name = resolve(
         "transform_quantize",
         impl,
-        automatic(inputs, heads, activation),
+        automatic(inputs, heads, activation, splits=splits),
         IMPLEMENTATIONS,
-        refusals(inputs, heads, activation),
+        refusals(inputs, heads, activation, splits=splits),
     )
     stacks = [norm, norm_bias, left, right, clip]
     if layer is None:
@@ -114,7 +120,11 @@ def transform_quantize(
 
     def kernel(x, added, sites, layer):
         from pallas_kernels.transform_quantize.pallas_triton import transform_quantize_triton
+        from pallas_kernels.transform_quantize.pallas_triton_split import transform_quantize_split
 
+        if splits and is_split(x.shape[0], inputs, heads):
+            own = {name: value for name, value in options.items() if name != "eps"}
+            return transform_quantize_split(x, sites, layer, **own)
         return transform_quantize_triton(x, added, sites, layer, **options)
 
     arrays = x, added, Sites(*stacks), jnp.asarray(layer, jnp.int32)
@@ -123,13 +133,18 @@ def transform_quantize(
     return kernel(*arrays) if impl != AUTO else on_platform("cuda", kernel, reference)(*arrays)
 
 
-def automatic(inputs: int, left: int = 1, activation: str | None = None) -> str:
-    """The kernel, where it can run; ``left``: the first factor."""
-    return "xla" if refusals(inputs, left, activation) else "pallas_triton"
+def automatic(
+    inputs: int, left: int = 1, activation: str | None = None, *, splits: bool = False
+) -> str:
+    """The kernel, where it can run; see ``refusals``."""
+    return "xla" if refusals(inputs, left, activation, splits=splits) else "pallas_triton"
 
 
-def refusals(inputs: int, left: int = 1, activation: str | None = None) -> dict[str, str]:
-    """Why the kernel cannot run here."""
+def refusals(
+    inputs: int, left: int = 1, activation: str | None = None, *, splits: bool = False
+) -> dict[str, str]:
+    """Why the kernel cannot run here; ``left``: the first factor. splits: there is a second one,
+    and neither norm nor sum before."""
     if find_gpu() is None:
         return {"pallas_triton": "it needs an NVIDIA GPU"}
     if activation == "gelu":
@@ -137,8 +152,14 @@ def refusals(inputs: int, left: int = 1, activation: str | None = None) -> dict[
     if left == 1 and inputs > 32768:
         return {"pallas_triton": f"{inputs} inputs: a program holds at most 32768"}
     sides = left, inputs // left
-    padded = [max(16, 1 << (side - 1).bit_length()) for side in sides]
-    if left > 1 and max(padded) > 128:
-        # 128 x 148 padded to 128 x 256 asks for 320 KB of shared memory; 227 are there.
-        return {"pallas_triton": f"a transform of {sides[0]} x {sides[1]}: at most 128 x 128"}
+    most = (LARGEST, LARGEST * 2) if splits else (LARGEST, LARGEST)
+    if left > 1 and any(side > limit for side, limit in zip(sides, most, strict=True)):
+        limits = " x ".join(map(str, most))
+        return {"pallas_triton": f"a transform of {sides[0]} x {sides[1]}: at most {limits}"}
     return {}
+
+
+def is_split(rows: int, inputs: int, left: int) -> bool:
+    """Whether the transform of a row is shared by several programs: it must be where a factor is
+    large, and it pays for few long rows."""
+    return inputs // left > LARGEST or (inputs > SPLIT_INPUTS and rows <= SPLIT_ROWS)

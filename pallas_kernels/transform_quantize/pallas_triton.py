@@ -14,7 +14,6 @@ here is ``impl="xla"``.
 from __future__ import annotations
 
 import functools
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +25,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.transform_quantize.reference import TINY, Quantized, Sites, whole
-from pallas_kernels.triton_arithmetic import halves, nearest, product
+from pallas_kernels.triton_arithmetic import activated, gated_product, halves, nearest, product
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -135,22 +134,6 @@ def _everything(reduce: Any, x: Array) -> Array:
     return x
 
 
-def _sigmoid(x: Array) -> Array:
-    return 1.0 / (1.0 + jnp.exp(-x))
-
-
-def _activated(x: Array, name: str) -> Array:
-    """``stable.ACTIVATIONS`` but the exact gelu; all of them keep the zeros of padding."""
-    if name == "relu":
-        return jnp.maximum(x, 0.0)
-    if name == "silu":
-        return x * _sigmoid(x)
-    if name == "quick_gelu":
-        return x * _sigmoid(1.702 * x)
-    assert name == "gelu_pytorch_tanh", name
-    return x * _sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * (x * x * x)))
-
-
 def _kernel(*refs: Any, work: Work) -> None:
     given = iter(refs)
     x_ref = next(given)
@@ -199,12 +182,10 @@ def _kernel(*refs: Any, work: Work) -> None:
             plt.store(states_ref.at[row, place], x, mask=mask)
             x = x.astype(jnp.float32)
         if work.gated:
-            sigmoid = (1.0 / (1.0 + jnp.exp(-x))).astype(dtype).astype(jnp.float32)
-            gate = (x * sigmoid).astype(dtype).astype(jnp.float32)
             up = load(x_ref, row, inputs + work.padding + place, mask=mask).astype(jnp.float32)
-            x = (gate * up).astype(dtype).astype(jnp.float32)
+            x = gated_product(x, up, dtype)
         if work.activation is not None:
-            x = _activated(x, work.activation).astype(dtype).astype(jnp.float32)
+            x = activated(x, work.activation).astype(dtype).astype(jnp.float32)
         if work.centred:
             x = x - _everything(jnp.sum, x) / inputs
             if mask is not None:

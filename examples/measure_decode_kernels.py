@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from measure_kernels import LAYERS, copy_gbs, kernel_us, over_layers  # pyrefly: ignore (beside this file)
+from kernel_timing import LAYERS, copy_gbs, kernel_us, over_layers  # pyrefly: ignore (beside this file)
 
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.kv4_append import kv4_append

@@ -1,8 +1,6 @@
 """Measures the GPU kernels at the shapes of 7B models, beside XLA and the device's copy bandwidth.
 
     python examples/measure_kernels.py --out pallas_kernels/measured      # one NVIDIA GPU
-    python examples/measure_kernels.py --tiles                            # tiles of the int4 matmul
-    python examples/measure_kernels.py --plans                            # blocks of the W4A16 one
 
 Times are sums of kernel times (CUPTI), medians, warm, on random data; weights rotate over twelve
 layers so that the L2 cache holds none of them. Every kernel is checked against the reference in the
@@ -14,11 +12,9 @@ from __future__ import annotations
 import argparse
 import functools
 import json
-import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,54 +23,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import jax
 import jax.numpy as jnp
 import numpy as np
+from kernel_timing import (  # pyrefly: ignore (beside this file)
+    GROUP,
+    LAYERS,
+    WEIGHTS,
+    copy_gbs,
+    kernel_us,
+    over_layers,
+    w4a16_example,
+)
 
 from pallas_kernels.attention import sequence_attention
 from pallas_kernels.attention_mass import attention_mass
 from pallas_kernels.int4_matmul import int4_matmul
 from pallas_kernels.int4_matmul.api import automatic, refusals
 from pallas_kernels.kv4_attention import kv4_attention
+from pallas_kernels.kv4_attention.api import automatic as attention_automatic
+from pallas_kernels.kv4_attention.api import refusals as attention_refusals
 from pallas_kernels.w4a16_matmul import w4a16_matmul
 
-LAYERS = 12
-WEIGHTS = {
-    "qkv 7B": (12288, 4096),
-    "o 7B": (4096, 4096),
-    "gate_up 7B": (22016, 4096),
-    "down 7B": (4096, 11008),
-    "one of gate_up": (11008, 4096),
-}
-
-
-def kernel_us(function: Callable[..., Any], *arguments: Any, iterations: int = 3) -> float:
-    """Median microseconds of GPU kernels in one call."""
-    from jax.experimental.mosaic.gpu import profiler
-
-    jax.block_until_ready(function(*arguments))
-    cupti = profiler.Cupti(finalize=False)
-    runs: Any = cupti.measure(function, iterations=iterations)(*arguments)[1]
-    totals = [sum(ms for _, ms in run) if isinstance(run, list | tuple) else run for run in runs]
-    return 1e3 * statistics.median(totals)
-
-
-def copy_gbs() -> float:
-    """Bytes read and written by a device copy, GB/s."""
-    x = jax.random.bits(jax.random.key(0), (2**28,), jnp.uint32)
-    us = kernel_us(jax.jit(lambda x: x ^ jnp.uint32(1)), x)
-    return 2 * x.nbytes / us / 1e3
-
-
-def over_layers(call: Callable[..., Any]) -> Callable[..., Any]:
-    """All layers in one program, one after the other; only the last result is kept."""
-
-    def run(*arguments):
-        def step(carry, layer):
-            return call(*arguments, layer), None
-
-        start: Any = jax.eval_shape(call, *arguments, jnp.int32(0))
-        zero = jnp.zeros(start.shape, start.dtype)
-        return jax.lax.scan(step, zero, jnp.arange(LAYERS, dtype=jnp.int32))[0]
-
-    return jax.jit(run)
+MATMULS = "mosaic_gpu", "pallas_triton", "triton"
+ATTENTIONS = "pallas_triton_blocks", "pallas_triton", "triton"
 
 
 def bf16_us(x: jax.Array, outputs: int) -> float:
@@ -97,7 +66,7 @@ def measure_matmul(rows: int, outputs: int, inputs: int, rng) -> dict[str, Any]:
     x_scale = jax.random.uniform(jax.random.key(3), (rows,)) + 0.1
     found: dict[str, Any] = {"rows": rows, "outputs": outputs, "inputs": inputs}
     expected = int4_matmul(x, x_scale, packed, scale, 3, impl="xla")
-    for impl in ("mosaic_gpu", "pallas_triton"):
+    for impl in MATMULS:
         if impl in refusals(rows, outputs, inputs) or (impl == "pallas_triton" and rows > 8):
             continue
         call = functools.partial(int4_matmul, out_dtype=jnp.bfloat16, impl=impl)
@@ -110,21 +79,6 @@ def measure_matmul(rows: int, outputs: int, inputs: int, rng) -> dict[str, Any]:
     found["tops"] = 2 * rows * outputs * inputs / best / 1e6
     found["weight_gbs"] = outputs * inputs / 2 / best / 1e3
     return found
-
-
-GROUP = 128
-
-
-def w4a16_example(rows: int, outputs: int, inputs: int) -> tuple[jax.Array, ...]:
-    """Tokens, and a stack of weights in groups of 128 with zero points, as AWQ has."""
-    keys = [jax.random.key(i) for i in range(4)]
-    groups = (LAYERS, outputs, inputs // GROUP)
-    return (
-        jax.random.normal(keys[0], (rows, inputs), jnp.bfloat16),
-        jax.random.bits(keys[1], (LAYERS, outputs, inputs // 2), jnp.uint8),
-        (0.05 * jax.random.uniform(keys[2], groups) + 0.005).astype(jnp.bfloat16),
-        jax.random.randint(keys[3], groups, 0, 16, jnp.uint8),
-    )
 
 
 def measure_w4a16(rows: int, outputs: int, inputs: int) -> dict[str, Any]:
@@ -146,84 +100,6 @@ def measure_w4a16(rows: int, outputs: int, inputs: int) -> dict[str, Any]:
     return found
 
 
-def print_plans() -> None:
-    """Microseconds of blocks of the W4A16 kernel, with XLA's sum of split inputs; its own choice is
-    marked."""
-    from pallas_kernels.w4a16_matmul.pallas_triton import Plan, w4a16_matmul_triton
-
-    lanes = [
-        (height, *width_warps, 1, splits)
-        for height in (2, 4, 8)
-        for width_warps in ((128, 2), (128, 4), (512, 4))
-        for splits in (1, 2)
-    ]
-    tiles = [
-        (height, width, 4, stages, splits)
-        for height in (32, 64)
-        for width in (16, 32)
-        for stages in (1, 3)
-        for splits in (2, 6)
-    ]
-    fields = "height", "width", "warps", "stages", "splits"
-    print(f"| tokens | weights | {' | '.join(fields)} | us |\n{'|---' * 8}|")
-    for rows, name in ((r, n) for r in (1, 4, 8) for n in ("one of gate_up", "down 7B")):
-        outputs, inputs = WEIGHTS[name]
-        arguments = w4a16_example(rows, outputs, inputs)
-        own = Plan.of(outputs, inputs // 8, jnp.bfloat16)
-        plans = [Plan(**dict(zip(fields, p, strict=True)), tensor_cores=False) for p in lanes]
-        plans += [Plan(**dict(zip(fields, p, strict=True)), tensor_cores=True) for p in tiles]
-        for plan in [own, *(p for p in plans if p != own and (p.tensor_cores or rows <= 4))]:
-            call = functools.partial(w4a16_matmul_triton, group_size=GROUP, plan=plan)
-            us = kernel_us(over_layers(call), *arguments) / LAYERS
-            cells = " | ".join(str(getattr(plan, field)) for field in fields)
-            kind = "tensor cores" if plan.tensor_cores else "lanes"
-            print(
-                f"| {rows} | {name}, {kind} | {cells} | {us:.1f}{'*' * (plan == own)} |", flush=True
-            )
-
-
-TILES = (
-    (256, 128, 4), (128, 128, 4), (128, 256, 4), (64, 128, 6), (64, 256, 4), (64, 256, 6),
-)  # fmt: skip
-"""Tokens and inputs of a step, and steps loaded ahead."""
-
-
-def measure_tiles(rows: int, outputs: int, inputs: int) -> str:
-    """Microseconds of each tiling of the tensor-core kernel, as a row of a table."""
-    from pallas_kernels.int4_matmul.mosaic_gpu import Tiles, int4_matmul_mosaic
-
-    packed = jax.random.bits(jax.random.key(1), (LAYERS, outputs, inputs // 2), jnp.uint8)
-    scale = jax.random.uniform(jax.random.key(2), (LAYERS, outputs)) + 0.1
-    x = jax.random.randint(jax.random.key(3), (rows, inputs), -7, 8, jnp.int8)
-    x_scale = jax.random.uniform(jax.random.key(4), (rows,)) + 0.1
-    chosen, cells = Tiles.of(rows, outputs, inputs), [str(rows), f"{outputs} x {inputs}"]
-    for tokens, width, steps in TILES:
-        tiles = Tiles(tokens=tokens, inputs=width, steps=steps)
-
-        def call(x, x_scale, packed, scale, layer, tiles=tiles):
-            return int4_matmul_mosaic(
-                x, x_scale, packed, scale, layer, out_dtype=jnp.bfloat16, tiles=tiles
-            )
-
-        us = kernel_us(over_layers(call), x, x_scale, packed, scale) / LAYERS
-        mark = "*" if (chosen.tokens, chosen.inputs) == (tokens, width) else ""
-        cells.append(f"{us:.1f}{mark}")
-    return f"| {' | '.join(cells)} |"
-
-
-def print_tiles() -> None:
-    """Tilings at the sizes of LLaVA-1.5-7B; the kernel's own choice is marked."""
-    print(f"| tokens | weights | {' | '.join('/'.join(map(str, t)) for t in TILES)} |")
-    print("|---" * (2 + len(TILES)) + "|")
-    sizes = [(rows, *WEIGHTS[name]) for rows in (237, 640) for name in list(WEIGHTS)[:4]]
-    sizes += [(577, *pair) for pair in ((3072, 1024), (1024, 1024), (4096, 1024), (1024, 4096))]
-    sizes += [(rows, *WEIGHTS["gate_up 7B"]) for rows in (1896, 2560)]
-    sizes += [(rows, *WEIGHTS[name]) for rows in (1896, 5120) for name in ("o 7B", "down 7B")]
-    sizes.append((318, *WEIGHTS["qkv 7B"]))
-    for size in sizes:
-        print(measure_tiles(*size), flush=True)
-
-
 def measure_kv4(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) -> dict[str, Any]:
     shape = (LAYERS, batch, kv_heads, tokens)
     key = jax.random.key(5)
@@ -236,12 +112,19 @@ def measure_kv4(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) ->
     lengths = jnp.full((batch,), tokens, jnp.int32)
     arguments = (q, k, v, scale, scale, zero, zero, lengths)
 
-    def call(q, k, v, ks, vs, kz, vz, lengths, layer, impl="pallas_triton"):
+    def call(q, k, v, ks, vs, kz, vz, lengths, layer, impl):
         return kv4_attention(q, k, v, ks, vs, kz, vz, lengths, layer, sm_scale=dim**-0.5, impl=impl)
 
-    found, expected = (call(*arguments, 3, impl=impl) for impl in ("pallas_triton", "xla"))
-    assert float(jnp.abs(found - expected).max()) < 1e-3
-    us = kernel_us(over_layers(call), *arguments) / LAYERS
+    expected = call(*arguments, 3, impl="xla")
+    times = {}
+    for impl in ATTENTIONS:
+        if impl in attention_refusals(dim, heads // kv_heads):
+            continue
+        run = functools.partial(call, impl=impl)
+        assert float(jnp.abs(run(*arguments, 3) - expected).max()) < 1e-3, impl
+        times[impl] = kernel_us(over_layers(run), *arguments) / LAYERS
+    auto = attention_automatic(dim, heads // kv_heads)
+    us = times[auto]
     dense = jax.random.normal(key, (2, batch, tokens, kv_heads, dim), jnp.bfloat16)
 
     def library(q, kv, lengths):
@@ -259,6 +142,7 @@ def measure_kv4(batch: int, tokens: int, heads: int, kv_heads: int, dim: int) ->
     return {
         **{"batch": batch, "tokens": tokens, "heads": heads, "kv_heads": kv_heads, "dim": dim},
         **{"kv4": us, "cudnn_bf16": bf16, "kv4_gbs": stored / us / 1e3},
+        **{"auto": auto, "impls": times},
     }
 
 
@@ -287,14 +171,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, help="folder for kernels.json and kernels.md")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop starting shapes after")
-    parser.add_argument("--tiles", action="store_true", help="tilings of the int4 matmul instead")
-    parser.add_argument("--plans", action="store_true", help="blocks of the W4A16 matmul instead")
     options = parser.parse_args()
     warnings.filterwarnings("ignore", "The Pallas Triton backend", DeprecationWarning)
-    if options.tiles:
-        return print_tiles()
-    if options.plans:
-        return print_plans()
     started = time.perf_counter()
     rng = np.random.default_rng(0)
     copy = copy_gbs()
@@ -332,9 +210,7 @@ def main() -> None:
         report["matmul"].append(row)
         best, bf16 = row[row["auto"]], row.get("xla_bf16", float("nan"))
         others = ", ".join(
-            f"{impl} {row[impl]:.1f}"
-            for impl in ("mosaic_gpu", "pallas_triton")
-            if impl in row and impl != row["auto"]
+            f"{impl} {row[impl]:.1f}" for impl in MATMULS if impl in row and impl != row["auto"]
         )
         show(
             f"| {rows} | {name} {outputs} x {inputs} | {row['auto']} | {best:.1f} | "
@@ -356,8 +232,8 @@ def main() -> None:
             f"{bf16 / us:.2f} |"
         )
     show("")
-    show("| batch | tokens | heads | KV4 us | of copy | bf16 cuDNN us | speed-up |")
-    show("|---" * 7 + "|")
+    show("| batch | tokens | heads | KV4 us | of copy | bf16 cuDNN us | speed-up | others us |")
+    show("|---" * 8 + "|")
     for batch, tokens, heads, kv_heads in (
         (1, 768, 32, 32), (8, 768, 32, 32), (32, 768, 32, 32), (8, 2048, 32, 32), (1, 1408, 28, 4),
         (8, 1408, 28, 4),
@@ -366,10 +242,13 @@ def main() -> None:
             break
         row = measure_kv4(batch, tokens, heads, kv_heads, 128)
         report["kv4_attention"].append(row)
+        others = ", ".join(
+            f"{impl} {us:.1f}" for impl, us in row["impls"].items() if impl != row["auto"]
+        )
         show(
             f"| {batch} | {tokens} | {heads} / {kv_heads} | {row['kv4']:.1f} | "
             f"{100 * row['kv4_gbs'] / copy:.0f} % | {row['cudnn_bf16']:.1f} | "
-            f"{row['cudnn_bf16'] / row['kv4']:.2f} |"
+            f"{row['cudnn_bf16'] / row['kv4']:.2f} | {others} |"
         )
     show("")
     for batch, tokens, heads, kv_heads, causal in ((1, 640, 32, 32, True), (8, 640, 32, 32, True)):

@@ -1,4 +1,4 @@
-"""Arithmetic inside Pallas-Triton kernels."""
+"""Arithmetic inside Triton kernels, of Pallas and of jax-triton."""
 
 from __future__ import annotations
 
@@ -12,6 +12,18 @@ from jaxtyping import Array, Float, Int
 ROUND, ROUND_BITS = 12582912.0, 0x4B400000
 """1.5 x 2^23 and its bits: added to a small number, it leaves the nearest integer (ties to even) in
 the low bits of the sum."""
+
+DOT = """{
+    .reg .b32 low, high, even, odd, t;
+    shl.b32 low, $1, 4;
+    and.b32 low, low, 0xF0F0F0F0;
+    and.b32 high, $1, 0xF0F0F0F0;
+    prmt.b32 even, $2, $3, 0x6420;
+    prmt.b32 odd, $2, $3, 0x7531;
+    dp4a.s32.s32 t, low, even, $4;
+    dp4a.s32.s32 $0, high, odd, t;
+}"""
+"""$0 = $4 + 16 x (8 codes of word $1 times 8 int8 values in $2 and $3)."""
 
 
 def nearest(x: Float[Array, "*shape"]) -> Int[Array, "*shape"]:

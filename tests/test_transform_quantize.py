@@ -213,7 +213,7 @@ def test_rows_are_shared_where_they_must_be_or_are_few_and_long():
     assert not quantize_api.is_split(1, 4096, 64)
 
 
-SPLIT = {
+SPLIT: dict[str, Any] = {
     # rows, factors, options; 6 x 148 is read as 128 + 32 columns of which 20 are real.
     "gate": (5, (8, 12), {"gated": True}),
     "gate and padding": (3, (19, 20), {"gated": True, "padding": 6}),
@@ -223,7 +223,7 @@ SPLIT = {
 }
 
 
-def split_example(name, dtype):
+def split_example(name, dtype) -> tuple[Any, Any, dict[str, Any]]:
     rows, (a, b), options = SPLIT[name]
     rng = np.random.default_rng(11)
 

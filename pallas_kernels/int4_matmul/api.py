@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import jax_triton_calls
 from pallas_kernels.accelerator import find_gpu, has_tpu, on_platform
 from pallas_kernels.dispatch import AUTO, resolve
 from pallas_kernels.int4_matmul.reference import int4_matmul_reference
 from pallas_kernels.stable import as_stored, rounded
 
-IMPLEMENTATIONS = ("mosaic_gpu", "pallas_triton", "pallas_tpu", "xla")
+IMPLEMENTATIONS = ("mosaic_gpu", "pallas_triton", jax_triton_calls.NAME, "pallas_tpu", "xla")
 GEMV_ROWS = 4
 """Up to so many tokens the dot-product kernel is faster than the tensor-core one."""
 
@@ -83,6 +84,11 @@ def int4_matmul(
         from pallas_kernels.int4_matmul.pallas_tpu import int4_matmul_tpu
 
         kernel = then_bias(int4_matmul_tpu)
+    elif name == jax_triton_calls.NAME:
+        jax_triton_calls.load()
+        from pallas_kernels.int4_matmul.jax_triton import int4_matmul_jax_triton
+
+        kernel = then_bias(int4_matmul_jax_triton)
     else:
         from pallas_kernels.int4_matmul.pallas_triton import int4_matmul_dot
 
@@ -99,9 +105,13 @@ def _reference(x, x_scale, packed, scale, layer, *, out_dtype):
 
 
 def automatic(rows: int, outputs: int, inputs: int) -> str:
-    """The fastest implementation that can run here, for ``rows`` tokens."""
+    """The fastest implementation that can run here, for ``rows`` tokens.
+
+    "triton" is for GPUs other than Hopper: there the two before it in the order are faster.
+    """
     refused = refusals(rows, outputs, inputs)
-    order = (*(("pallas_triton",) if rows <= GEMV_ROWS else ()), "mosaic_gpu", "pallas_tpu")
+    few = ("pallas_triton",) if rows <= GEMV_ROWS else ()
+    order = (*few, "mosaic_gpu", jax_triton_calls.NAME, "pallas_tpu")
     return next((name for name in order if name not in refused), "xla")
 
 
@@ -120,6 +130,12 @@ def refusals(rows: int, outputs: int, inputs: int) -> dict[str, str]:
         found["pallas_triton"] = f"{inputs} inputs: must be a multiple of 8 below 131072"
     elif rows > 16:
         found["pallas_triton"] = f"{rows} tokens: at most 16"
+    if (reason := jax_triton_calls.refusal()) is not None:
+        found[jax_triton_calls.NAME] = reason
+    elif inputs % 8:
+        found[jax_triton_calls.NAME] = f"{inputs} inputs: must be a multiple of 8"
+    elif rows == 1 and inputs >= 1 << 17:
+        found[jax_triton_calls.NAME] = f"{inputs} inputs: must be below 131072 for one token"
     if not has_tpu():
         found["pallas_tpu"] = "it needs a TPU"
     return found

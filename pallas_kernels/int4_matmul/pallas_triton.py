@@ -6,8 +6,8 @@ int8 values times 16, and two dp4a sum them against the matching bytes of the to
 is divided out of the exact int32 sum at the end.
 
 Pallas' Triton back end is deprecated in jax 0.11; this file and ``kv4_attention.pallas_triton`` use
-it, because it measured fastest (``pallas_kernels/measured``). The way out here is
-``impl="mosaic_gpu"``, which computes the same.
+it, because it measured fastest (``pallas_kernels/measured``). The way out is ``jax_triton``, the
+same products in Triton's own language (``impl="triton"``).
 """
 
 from __future__ import annotations
@@ -23,18 +23,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.packing import as_words
-
-DOT = """{
-    .reg .b32 low, high, even, odd, t;
-    shl.b32 low, $1, 4;
-    and.b32 low, low, 0xF0F0F0F0;
-    and.b32 high, $1, 0xF0F0F0F0;
-    prmt.b32 even, $2, $3, 0x6420;
-    prmt.b32 odd, $2, $3, 0x7531;
-    dp4a.s32.s32 t, low, even, $4;
-    dp4a.s32.s32 $0, high, odd, t;
-}"""
-"""$0 = $4 + 16 x (8 codes of word $1 times 8 int8 values in $2 and $3)."""
+from pallas_kernels.triton_arithmetic import DOT
 
 
 def int4_matmul_dot(

@@ -9,12 +9,15 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from pallas_kernels import jax_triton_calls
 from pallas_kernels.accelerator import find_gpu, has_tpu, on_platform
 from pallas_kernels.attention.reference import BLOCK
 from pallas_kernels.dispatch import AUTO, resolve
 from pallas_kernels.kv4_attention.reference import decode_attention, dequantize
 
-IMPLEMENTATIONS = ("pallas_triton", "pallas_triton_blocks", "pallas_tpu", "xla")
+IMPLEMENTATIONS = (
+    "pallas_triton_blocks", "pallas_triton", jax_triton_calls.NAME, "pallas_tpu", "xla",
+)  # fmt: skip
 
 
 def kv4_attention(
@@ -63,6 +66,11 @@ def kv4_attention(
         from pallas_kernels.kv4_attention.pallas_triton_blocks import kv4_attention_blocks
 
         run = functools.partial(kv4_attention_blocks, out_dtype=out_dtype)
+    elif name == jax_triton_calls.NAME:
+        jax_triton_calls.load()
+        from pallas_kernels.kv4_attention.jax_triton import kv4_attention_jax_triton
+
+        run = functools.partial(kv4_attention_jax_triton, out_dtype=out_dtype)
     else:
         from pallas_kernels.kv4_attention.pallas_triton import kv4_attention_split as run
 
@@ -93,6 +101,10 @@ def refusals(head_dim: int, group: int = 1) -> dict[str, str]:
             found[name] = "it needs an NVIDIA GPU"
         elif head_dim % 8:
             found[name] = f"heads of {head_dim}: a multiple of 8 is needed"
+    if (reason := jax_triton_calls.refusal()) is not None:
+        found[jax_triton_calls.NAME] = reason
+    elif group > 64:
+        found[jax_triton_calls.NAME] = f"{group} queries per key head: at most 64"
     if group > 16:
         found.setdefault("pallas_triton_blocks", f"{group} queries per key head: at most 16")
     if not has_tpu():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -104,9 +106,8 @@ def transform_quantize(
     stacks = [norm, norm_bias, left, right, clip]
     if layer is None:
         stacks, layer = [None if a is None else a[None] for a in stacks], 0
-    options = {
+    options: dict[str, Any] = {
         "bits": bits,
-        "eps": eps,
         "gated": gated,
         "activation": activation,
         "padding": padding,
@@ -116,16 +117,15 @@ def transform_quantize(
         def own(array):
             return jax.lax.dynamic_index_in_dim(array, layer, keepdims=False)
 
-        return transform_quantize_reference(x, added, jax.tree.map(own, sites), **options)
+        return transform_quantize_reference(x, added, jax.tree.map(own, sites), eps=eps, **options)
 
     def kernel(x, added, sites, layer):
         from pallas_kernels.transform_quantize.pallas_triton import transform_quantize_triton
         from pallas_kernels.transform_quantize.pallas_triton_split import transform_quantize_split
 
         if splits and is_split(x.shape[0], inputs, heads):
-            own = {name: value for name, value in options.items() if name != "eps"}
-            return transform_quantize_split(x, sites, layer, **own)
-        return transform_quantize_triton(x, added, sites, layer, **options)
+            return transform_quantize_split(x, sites, layer, **options)
+        return transform_quantize_triton(x, added, sites, layer, eps=eps, **options)
 
     arrays = x, added, Sites(*stacks), jnp.asarray(layer, jnp.int32)
     if name == "xla":

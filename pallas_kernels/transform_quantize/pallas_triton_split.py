@@ -18,7 +18,6 @@ from typing import Any
 import jax
 import jax.experimental.pallas as pl
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
@@ -89,7 +88,9 @@ def transform_quantize_split(
     both factors and without a norm."""
     total, width = x.shape
     inputs = width // 2 if gated else width
-    assert sites.left is not None and sites.right is not None and sites.norm is None
+    assert sites.left is not None
+    assert sites.right is not None
+    assert sites.norm is None
     plan = plan or Plan.of(total)
     work = Work(
         factors=(sites.left.shape[-1], sites.right.shape[-1]),
@@ -164,9 +165,7 @@ def _turn(x_ref, left_ref, right_ref, layer_ref, turned_ref, extremes_ref, *, wo
         if work.activation is not None:
             part = activated(part, work.activation).astype(dtype).astype(jnp.float32)
         right = load(right_ref, layer, k[:, None], j, mask=(k[:, None] < b) & (j < b))
-        found = product(
-            halves(part.astype(dtype)), halves(right.astype(jnp.float32)), across=False
-        )
+        found = product(halves(part.astype(dtype)), halves(right.astype(jnp.float32)), across=False)
         turned = found if turned is None else turned + found
     k = jnp.arange(height)
     left = load(left_ref, layer, k[:, None], k[None], mask=(k[:, None] < a) & (k[None] < a))

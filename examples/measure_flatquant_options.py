@@ -57,7 +57,7 @@ class Variant(Weights):
 class Options(Study):
     """A study whose checkpoints are those of variants."""
 
-    def _make(self, weights: Weights, place: Path) -> None:
+    def _make(self, weights: Weights, place: Path, first: Any) -> None:
         assert isinstance(weights, Variant)
         samples, options = self.pool[: weights.samples], FlatQuantOptions(**dict(weights.changes))
         calibrate(self.source, place, weights.quantization, samples=samples, options=options)

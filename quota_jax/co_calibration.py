@@ -17,6 +17,7 @@ wrong answers are most of a divergence, and smaller gains are noise.
 from __future__ import annotations
 
 import dataclasses
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,6 +46,25 @@ Derive = Callable[[Sensitivities], tuple[Recipe, dict[str, Any]]]
 """The schedule that follows from sensitivities, and what is told of it."""
 ERRORS = 2.0
 """Standard errors by which a better mean is lower."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FirstRound:
+    """What round 0 would make, where it is there already: a checkpoint calibrated on all tokens
+    with the same samples and options, and its sensitivities."""
+
+    checkpoint: Path
+    sensitivities: Sensitivities
+
+    def lay(self, place: Path) -> None:
+        """Copies both to where round 0 looks for them, unless its checkpoint is there."""
+        if place.exists():
+            return
+        self.sensitivities.write(_sensitivities_of(place))
+        copied = place.with_name("copy")
+        shutil.rmtree(copied, ignore_errors=True)
+        shutil.copytree(self.checkpoint, copied)
+        copied.rename(place)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,6 +105,7 @@ def co_calibrate(
     equal: Recipe,
     make: Make,
     derive: Derive,
+    first: FirstRound | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> None:
     """Makes ``out``; rounds stand beside it until the best one takes its place.
@@ -92,10 +113,13 @@ def co_calibrate(
     Args:
       rounds: calibrations after the first.
       equal: equal drops at the candidate layers, scored by all metrics.
+      first: what round 0 need not make again.
       progress: called with (what is done, prompts done, prompts in all) while answers are compared.
     """
     best: tuple[Tried, Path, dict[str, Any]] | None = None
     graph, told = None, []
+    if first is not None:
+        first.lay(out.with_name("round-0"))
     for number in range(rounds + 1):
         place = make(out.with_name(f"round-{number}"), graph, "quantized" if number else None)
         quantized = open_checkpoint(place)
@@ -185,8 +209,7 @@ def deployed_sensitivities(
 ) -> Sensitivities:
     """Measured once, into a file beside the checkpoint; a killed call finds them. ``graph``: the
     recipe of the execution, None keeps all tokens."""
-    place = quantized.path
-    file = place.with_name(f"{place.name}.sensitivities.json")
+    file = _sensitivities_of(quantized.path)
     if not file.exists():
         release_many_programs()
         measure_sensitivities(
@@ -198,3 +221,7 @@ def deployed_sensitivities(
             recipe=graph,
         ).write(file)
     return Sensitivities.read(file)
+
+
+def _sensitivities_of(place: Path) -> Path:
+    return place.with_name(f"{place.name}.sensitivities.json")

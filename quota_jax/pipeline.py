@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from quota_jax.checkpoint import Checkpoint, open_checkpoint, set_recipe
-from quota_jax.co_calibration import co_calibrate, deployed_sensitivities
+from quota_jax.co_calibration import FirstRound, co_calibrate, deployed_sensitivities
 from quota_jax.config import ModelConfig
 from quota_jax.errors import QuotaError
 from quota_jax.prune.allocator import Allocation, allocate, quota_recipe
@@ -134,6 +134,7 @@ def build_variant(
     options: PipelineOptions,
     *,
     samples: Sequence[Sample] = (),
+    first: FirstRound | None = None,
     progress: Callable[[str, int, int], None] | None = None,
     report: Report | None = None,
 ) -> Path:
@@ -141,7 +142,8 @@ def build_variant(
 
     ``source`` is the full-precision checkpoint; its own recipe does not matter. Variants that
     change no weight are copies of it. ``out`` appears when all is done: a killed call leaves
-    ``OUT.unfinished``, and the same call goes on there.
+    ``OUT.unfinished``, and the same call goes on there. ``first``: for the co-calibrated variant;
+    the caller answers for its being what round 0 would make.
 
     Raises:
       QuotaError: unknown variant; a variant that the method cannot make, or that needs samples;
@@ -158,7 +160,7 @@ def build_variant(
     check_variant(name, reference.config, options, samples)
     settings = {"source": reference.fingerprint, **variant_settings(name, options, samples)}
     with unfinished(out, settings) as place:
-        _build(name, reference, place, options, samples, progress, report)
+        _build(name, reference, place, options, samples, first, progress, report)
     return out
 
 
@@ -210,6 +212,7 @@ def _build(
     place: Path,
     options: PipelineOptions,
     samples: Sequence[Sample],
+    first: FirstRound | None,
     progress: Callable[[str, int, int], None] | None,
     report: Report | None,
 ) -> None:
@@ -249,6 +252,7 @@ def _build(
                 equal=recipe,
                 make=made,
                 derive=lambda found: _schedule(config, options, chosen, found),
+                first=first,
                 progress=progress,
             )
         set_recipe(place, open_checkpoint(place).recipe, {"variant": name})

@@ -222,6 +222,34 @@ def test_the_best_round_is_what_comes_out(source, built, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_first_round_that_is_there_is_not_made_again(source, built, tmp_path, monkeypatch):
+    options = PipelineOptions(
+        keep=0.25, quantization=QUANTIZATION, options=GptqOptions(batch_size=2), layers=(0, 1)
+    )
+    plain, reference = tmp_path / "plain", open_checkpoint(source)
+    pipeline.calibrate(
+        source, plain, QUANTIZATION, samples=samples(), options=GptqOptions(batch_size=2)
+    )
+    measured = co_calibration.deployed_sensitivities(open_checkpoint(plain), reference, samples())
+    made: list[str] = []
+    calibrate = pipeline.calibrate
+
+    def watched(source, out, *args, **more):
+        made.append(out.name)
+        return calibrate(source, out, *args, **more)
+
+    monkeypatch.setattr(pipeline, "calibrate", watched)
+    first = co_calibration.FirstRound(checkpoint=plain, sensitivities=measured)
+    out = tmp_path / "out"
+    build_variant("co-calibrated", source, out, options, samples=samples(), first=first)
+    assert made == ["round-1"]
+    one, other = open_checkpoint(built), open_checkpoint(out)
+    assert one.recipe == other.recipe
+    assert one.provenance["derivation"] == other.provenance["derivation"]
+    assert open_checkpoint(plain).provenance.get("derivation") is None
+
+
+@pytest.mark.slow
 def test_a_killed_call_measures_nothing_twice(source, built, tmp_path, monkeypatch):
     """Killed in the second round's search; what was calibrated and measured before is kept, and the
     result is the same."""

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from quota_jax.checkpoint import Checkpoint, open_checkpoint
+from quota_jax.co_calibration import FirstRound
 from quota_jax.errors import QuotaError
 from quota_jax.evaluate.folder import PREDICTIONS, read_answers
 from quota_jax.evaluate.pictures import GrayPicture
@@ -156,12 +157,22 @@ class Study:
         with self._alone(weights.name):
             if not place.exists():
                 place.parent.mkdir(parents=True, exist_ok=True)
+                first = self._first_round(weights)
                 begun = time.monotonic()
-                self._make(weights, place)
+                self._make(weights, place, first)
                 log(f"{weights.name}: calibrated in {time.monotonic() - begun:.0f} s")
         return place
 
-    def _make(self, weights: Weights, place: Path) -> None:
+    def _first_round(self, weights: Weights) -> FirstRound | None:
+        """What co-calibrated weights begin from, shared by all that do."""
+        plain = weights.begins_from
+        if plain is None:
+            return None
+        return FirstRound(
+            checkpoint=self.checkpoint(plain), sensitivities=self.sensitivities(plain)
+        )
+
+    def _make(self, weights: Weights, place: Path, first: FirstRound | None) -> None:
         make_weights(
             weights,
             self._source(weights),
@@ -169,6 +180,7 @@ class Study:
             samples=self.samples(weights.seed),
             pool=self.pool,
             steps=self.steps,
+            first=first,
         )
 
     def _source(self, weights: Weights) -> Path:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from quota_jax.co_calibration import FirstRound
 from quota_jax.errors import QuotaError
 from quota_jax.pipeline import PipelineOptions, build_variant
 from quota_jax.quant.calibrate import DATA_METHODS, calibrate
@@ -49,6 +50,13 @@ class Weights:
         return "_".join([*parts, f"seed{self.seed}"])
 
     @property
+    def begins_from(self) -> Weights | None:
+        """The weights that are calibrated first on the way to these, on all tokens."""
+        if self.variant != "co-calibrated":
+            return None
+        return dataclasses.replace(self, variant=None, keep=None)
+
+    @property
     def quantization(self) -> QuantizationConfig:
         return QuantizationConfig.parse(
             self.bits,
@@ -66,11 +74,12 @@ def make_weights(
     samples: Sequence[Sample],
     pool: Sequence[Sample],
     steps: int | None = None,
+    first: FirstRound | None = None,
 ) -> None:
     """Writes the checkpoint ``out`` from the full-precision checkpoint ``source``.
 
     samples: what calibration sees. pool: what GRACE trains on. steps: of FlatQuant per block, None
-    takes the default.
+    takes the default. first: of co-calibrated weights.
 
     Raises:
       QuotaError: anything that calibration refuses.
@@ -89,7 +98,7 @@ def make_weights(
     if weights.variant is not None:
         assert weights.keep is not None
         plan = PipelineOptions(keep=weights.keep, quantization=quantization, options=learning)
-        build_variant(weights.variant, source, out, plan, samples=samples)
+        build_variant(weights.variant, source, out, plan, samples=samples, first=first)
         return
     calibrate(
         source,

@@ -66,6 +66,25 @@ def halves(x: Float[Array, "*shape"]) -> tuple[Array, ...]:
     return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
+def operands(x: Float[Array, "*shape"], short: bool) -> tuple[Array, ...]:
+    """Parts for ``product``: one of float16 (11 bits), more than bfloat16 activations have and
+    than a quantization to 8 bits notices, or ``halves``."""
+    return (x.astype(jnp.float16),) if short else halves(x)
+
+
+def into_range(peak: Float[Array, ""]) -> tuple[Array, Array]:
+    """Powers of two, inverse to each other: times the first one, what is at most ``peak`` is below
+    2^-3, so that float16 holds 128 products of it with factors of up to 2^12, and their sum."""
+    exponent = lax.shift_right_logical(lax.bitcast_convert_type(peak, jnp.int32), 23)
+    # Biased by 127 each: 2^(-4 - e) and 2^(4 + e), for e from -126 to 122.
+    down = jnp.maximum(250 - exponent, 1)
+
+    def power(biased):
+        return lax.bitcast_convert_type(lax.shift_left(biased, 23), jnp.float32)
+
+    return power(down), power(254 - down)
+
+
 def product(left: tuple[Array, ...], right: tuple[Array, ...], *, across: bool) -> Array:
     """``left right`` (``left^T right`` with ``across``) of operands split by ``halves``, float32.
 

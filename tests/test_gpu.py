@@ -180,12 +180,13 @@ print(jax.devices()[0].memory_stats()["bytes_in_use"], len(arrays))
 
 
 def test_a_4_bit_checkpoint_takes_its_bytes_on_the_device(small):
-    """Of a process that did nothing before: in a used heap an array may get a larger gap whole."""
+    """Of processes that did nothing before, the least of three: an array may get a larger gap
+    whole, which depends on when temporary ones are freed."""
     environment = {**os.environ, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # we hold most of it
     for name in ("full", "W4A4KV4"):
         run = [sys.executable, "-c", TAKEN, str(small[name])]
-        said = subprocess.check_output(run, text=True, env=environment)
-        taken, arrays = map(int, said.split())
+        said = [subprocess.check_output(run, text=True, env=environment) for _ in range(3)]
+        taken, arrays = min(tuple(map(int, each.split())) for each in said)
         logical = open_checkpoint(small[name]).sizes()["logical"]
         # The allocator rounds arrays up; half a per cent was seen on an H100.
         assert logical <= taken <= 1.01 * logical + 512 * arrays

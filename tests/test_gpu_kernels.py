@@ -127,8 +127,9 @@ def test_kv4_attention_equals_the_reference(rng, impl, heads, batch):
     found, expected = (
         kv4_attention(*arguments, sm_scale=dim**-0.5, impl=each) for each in (impl, "xla")
     )
-    # Of queries and weights "triton" keeps 16 bits.
-    np.testing.assert_allclose(found, expected, atol=2e-4 if impl == "triton" else 2e-5)
+    # Blocks sum codes + 16 and take the rest off again, "triton" keeps 16 bits of its operands.
+    near = {"pallas_triton": 2e-5, "pallas_triton_blocks": 1e-4, "triton": 2e-4}
+    np.testing.assert_allclose(found, expected, atol=near[impl])
 
 
 @pytest.mark.parametrize("causal", [True, False])

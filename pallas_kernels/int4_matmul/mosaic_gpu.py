@@ -120,7 +120,7 @@ def int4_matmul_mosaic(
         weights,
         jnp.pad(x.astype(jnp.int8), ((0, padded - rows), (0, 0))),
         scale.reshape(-1),
-        scale.reshape(-1) if bias is None else own(bias),
+        (scale if bias is None else bias).reshape(-1),
         # Space for whole tiles; what stands beyond the rows is not used.
         jnp.pad(x_scale, (0, max(0, whole - x_scale.shape[0]))),
         layer.reshape(1),
@@ -222,14 +222,15 @@ def _kernel(
                         vector = plgpu.load(  # pyrefly: ignore (jax 0.10's signature)
                             ref.at[pl.ds(start, size)], optimized=False
                         )
-                        return lax.broadcast_in_dim(vector, (WARPGROUP_ROWS, tokens), (axis,))
+                        wide = vector.astype(jnp.float32)
+                        return lax.broadcast_in_dim(wide, (WARPGROUP_ROWS, tokens), (axis,))
 
                     first = first_row + own_rows
                     out = sums.astype(jnp.float32)
                     out = out * along(1, x_scale_gmem, x_tile * tokens, tokens)
                     out = out * along(0, w_scale_gmem, first, WARPGROUP_ROWS)
                     if biased:
-                        out = out + along(0, bias_gmem, own_rows, WARPGROUP_ROWS)
+                        out = out + along(0, bias_gmem, first, WARPGROUP_ROWS)
                     return out.astype(out_dtype)
 
                 def store(out):

@@ -2,10 +2,11 @@
 
 A program owns whole rows: it reads each value once, keeps the row in registers through norm,
 transform and the search for the largest value, and writes one byte per value. With a transform the
-row is an ``a x b`` matrix (padded to powers of two) and ``L^T X R`` runs on tensor cores: float32
-operands are split into two bfloat16 parts and the products of the parts, all but that of the two
-small ones, are summed in float32. That keeps 16 bits of every operand, so a code differs from the
-reference's by at most 1, next to a rounding boundary.
+row is an ``a x b`` matrix (padded to powers of two) and ``L^T X R`` runs on tensor cores. Behind
+activations of 16 bits it takes float16, after the row was brought into its range by a power of two:
+11 bits of every operand. Float32 operands are split into two bfloat16 parts and the products of the
+parts, all but that of the two small ones, are summed in float32: 16 bits. So a code differs from
+the reference's by at most 1, next to a rounding boundary.
 
 Pallas' Triton back end is deprecated in jax 0.11; see ``int4_matmul.pallas_triton``. The way out
 here is ``impl="xla"``.
@@ -25,7 +26,14 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.transform_quantize.reference import TINY, Quantized, Sites, whole
-from pallas_kernels.triton_arithmetic import activated, gated_product, halves, nearest, product
+from pallas_kernels.triton_arithmetic import (
+    activated,
+    gated_product,
+    into_range,
+    nearest,
+    operands,
+    product,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -148,6 +156,7 @@ def _kernel(*refs: Any, work: Work) -> None:
 
     (a, b), tile = work.factors, work.tile
     inputs, layer, dtype = a * b, layer_ref[0], x_ref.dtype
+    short = dtype.itemsize == 2
     if work.transform:
         i, j = jnp.arange(tile[0])[:, None], jnp.arange(tile[1])[None]
         place = i * b + j
@@ -160,10 +169,11 @@ def _kernel(*refs: Any, work: Work) -> None:
         return plt.load(ref.at[index], mask=mask, other=None if mask is None else 0)
 
     def factor(ref, size, padded):
-        """The two parts of a square factor."""
+        """The parts of a square factor."""
         k = jnp.arange(padded)
         mask = None if size == padded else (k[:, None] < size) & (k[None] < size)
-        return halves(load(ref, layer, k[:, None], k[None], mask=mask).astype(jnp.float32))
+        loaded = load(ref, layer, k[:, None], k[None], mask=mask)
+        return operands(loaded.astype(jnp.float32), short)
 
     left = factor(left_ref, a, tile[0]) if work.transform else ()
     right = factor(right_ref, b, tile[1]) if work.right else ()
@@ -174,6 +184,17 @@ def _kernel(*refs: Any, work: Work) -> None:
     if work.centred:
         bias = load(bias_ref, layer, place, mask=inside).astype(jnp.float32)
     limit = 2 ** (work.bits - 1) - 1
+
+    def turned(x):
+        """The transform of a row."""
+        back: Any = None
+        if short:
+            forth, back = into_range(_everything(jnp.max, jnp.abs(x)))
+            x = x * forth
+        if work.right:
+            x = product(operands(x, short), right, across=False)
+        x = product(left, operands(x, short), across=True)
+        return x * back if short else x
 
     def row_of(row, mask):
         x = load(x_ref, row, place, mask=mask).astype(jnp.float32)
@@ -195,10 +216,8 @@ def _kernel(*refs: Any, work: Work) -> None:
             power = _everything(jnp.sum, x * x) / inputs
             x = x * lax.rsqrt(power + work.eps) * weight
             x = (x + bias if work.centred else x).astype(dtype).astype(jnp.float32)
-        if work.right:
-            x = product(halves(x.astype(dtype)), right, across=False)
         if work.transform:
-            x = product(left, halves(x if work.right else x.astype(dtype)), across=True)
+            x = turned(x)
         if work.clip:
             largest = jnp.maximum(
                 _everything(jnp.max, x) * clip_ref[layer, 0],

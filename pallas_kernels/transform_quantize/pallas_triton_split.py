@@ -22,7 +22,14 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.transform_quantize.reference import TINY, Quantized, Sites, whole
-from pallas_kernels.triton_arithmetic import activated, gated_product, halves, nearest, product
+from pallas_kernels.triton_arithmetic import (
+    activated,
+    gated_product,
+    into_range,
+    nearest,
+    operands,
+    product,
+)
 
 CHUNK = 2048
 """Values that a program of the second launch turns into codes."""
@@ -37,8 +44,8 @@ class Plan:
 
     @classmethod
     def of(cls, rows: int) -> Plan:
-        """Few rows: as many programs as possible. Many: rows are read less often."""
-        return cls(columns=16, warps=4) if rows <= 64 else cls(columns=32, warps=4)
+        """Few rows: as many programs as possible. Many: rows and factors are read less often."""
+        return cls(columns=16 if rows <= 8 else 64, warps=8 if rows <= 64 else 4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -153,7 +160,8 @@ def _turn(x_ref, left_ref, right_ref, layer_ref, turned_ref, extremes_ref, *, wo
     def load(ref, *index, mask):
         return plt.load(ref.at[index], mask=mask, other=0)
 
-    turned: Any = None
+    short = dtype.itemsize == 2
+    pieces, peak, back = [], jnp.float32(0.0), jnp.float32(1.0)
     for start, size in work.parts:
         k = start + jnp.arange(size)
         mask = (i < a) & (k[None] < b)
@@ -164,12 +172,21 @@ def _turn(x_ref, left_ref, right_ref, layer_ref, turned_ref, extremes_ref, *, wo
             part = gated_product(part, up.astype(jnp.float32), dtype)
         if work.activation is not None:
             part = activated(part, work.activation).astype(dtype).astype(jnp.float32)
+        pieces.append((k, part))
+        peak = jnp.maximum(peak, jnp.abs(part).max(-1).max(-1))
+    if short:
+        forth, back = into_range(peak)
+        pieces = [(k, part * forth) for k, part in pieces]
+    turned: Any = None
+    for k, part in pieces:
         right = load(right_ref, layer, k[:, None], j, mask=(k[:, None] < b) & (j < b))
-        found = product(halves(part.astype(dtype)), halves(right.astype(jnp.float32)), across=False)
+        right = operands(right.astype(jnp.float32), short)
+        found = product(operands(part, short), right, across=False)
         turned = found if turned is None else turned + found
     k = jnp.arange(height)
     left = load(left_ref, layer, k[:, None], k[None], mask=(k[:, None] < a) & (k[None] < a))
-    turned = product(halves(left.astype(jnp.float32)), halves(turned), across=True)
+    left = operands(left.astype(jnp.float32), short)
+    turned = product(left, operands(turned, short), across=True) * back
     # Places beyond the factors are zeros of the products, and harm neither extreme.
     plt.store(turned_ref.at[row, i * b + j], turned, mask=(i < a) & (j < b))
     extremes_ref[row, 0, block] = turned.max(-1).max(-1)

@@ -10,7 +10,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from quota_jax.evaluate.folder import PREDICTIONS
 from quota_jax.evaluate.parallel import local_mesh, replicated
 from quota_jax.evaluate.predictions import Prediction, write_predictions
 from quota_jax.evaluate.runner import Evaluation
-from quota_jax.evaluate.schedule import Prompt, plan
+from quota_jax.evaluate.schedule import Group, Prompt, plan
 from quota_jax.evaluate.task import Instance, Task
 from quota_jax.processing import Buckets, Processor
 from quota_jax.reproduce.power import DeviceMeter
@@ -32,9 +34,15 @@ DEPLOYMENT = "deployment.json"
 MIN_SECONDS = 5.0
 
 
-def measure_deployment(evaluation: Evaluation) -> dict[str, Any]:
+def measure_deployment(
+    evaluation: Evaluation, device: Callable[[bool], AbstractContextManager[None]]
+) -> dict[str, Any]:
     """Answers all questions of an evaluation that has read them, and writes DEPLOYMENT and the
-    predictions into its folder; returns what DEPLOYMENT holds."""
+    predictions into its folder; returns what DEPLOYMENT holds.
+
+    device: holds the device, given False together with other processes that compile for it, given
+    True alone. So programs are compiled side by side, and nothing else runs while one measures.
+    """
     assert evaluation.questions is not None
     checkpoint = open_checkpoint(evaluation.checkpoint)
     recipe = (evaluation.recipe or checkpoint.recipe).canonical()
@@ -45,18 +53,24 @@ def measure_deployment(evaluation: Evaluation) -> dict[str, Any]:
         buckets=Buckets() if buckets is None else Buckets(text=buckets),
     )
     mesh = local_mesh()
-    engine = Engine(
-        model=checkpoint.load_model(evaluation.dtype, sharding=replicated(mesh)),
-        processor=processor,
-        recipe=recipe,
-        mesh=mesh,
-        batch_size=evaluation.batch_size,
-        workers=evaluation.workers,
-    )
+    with device(False):
+        engine = Engine(
+            model=checkpoint.load_model(evaluation.dtype, sharding=replicated(mesh)),
+            processor=processor,
+            recipe=recipe,
+            mesh=mesh,
+            batch_size=evaluation.batch_size,
+            workers=evaluation.workers,
+        )
+        work = [_Work.of(evaluation, engine, task) for task in evaluation.tasks]
+        for each in work:
+            each.compile(engine)
     tasks, predictions = {}, []
-    for task in evaluation.tasks:
-        tasks[task.name], own = _measure_task(evaluation, engine, task)
-        predictions += own
+    with device(True):
+        for each in work:
+            each.compile(engine)  # those that were dropped since, to make room for others
+            tasks[each.name], own = each.measure(engine)
+            predictions += own
     sizes = checkpoint.sizes()
     content = {
         "device": jax.local_devices()[0].device_kind,
@@ -81,32 +95,46 @@ def read_deployment(folder: Path) -> dict[str, Any]:
     return json.loads((folder / DEPLOYMENT).read_text())
 
 
-def _measure_task(
-    evaluation: Evaluation, engine: Engine, task: Task
-) -> tuple[dict[str, Any], list[Prediction]]:
-    assert evaluation.questions is not None
-    questions = evaluation.questions[task.name]
-    alone = dataclasses.replace(evaluation, tasks=[task])
-    prompts = alone.prompts_of(engine.processor, {task.name: questions})
-    groups = plan(prompts, engine.rows)
-    for group in {group.bucket: group for group in groups}.values():
-        jax.block_until_ready(engine.prepare(prompts, group).run(engine.model))
-    passes, answers = 0, {}
-    with DeviceMeter() as meter:
-        begun = time.perf_counter()
-        while not passes or (meter.has_power and time.perf_counter() - begun < MIN_SECONDS):
-            for group, given in engine.answer(prompts, groups):
-                answers |= dict(zip(group.rows, given, strict=True))
-            passes += 1
-    measured = {
-        "questions": len(questions),
-        "passes": passes,
-        "seconds": meter.seconds,
-        "questions_per_second": passes * len(questions) / meter.seconds,
-        "peak_bytes": meter.peak_bytes,
-        "watts": meter.watts,
-    }
-    return measured, _predictions(task.name, questions, prompts, answers)
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Work:
+    """The questions of one task, as prompts in groups that one program answers."""
+
+    name: str
+    questions: Sequence[Instance]
+    prompts: Sequence[Prompt]
+    groups: Sequence[Group]
+
+    @classmethod
+    def of(cls, evaluation: Evaluation, engine: Engine, task: Task) -> _Work:
+        assert evaluation.questions is not None
+        questions = evaluation.questions[task.name]
+        alone = dataclasses.replace(evaluation, tasks=[task])
+        prompts = alone.prompts_of(engine.processor, {task.name: questions})
+        groups = plan(prompts, engine.rows)
+        return cls(name=task.name, questions=questions, prompts=prompts, groups=groups)
+
+    def compile(self, engine: Engine) -> None:
+        """Runs each program once."""
+        for group in {group.bucket: group for group in self.groups}.values():
+            jax.block_until_ready(engine.prepare(self.prompts, group).run(engine.model))
+
+    def measure(self, engine: Engine) -> tuple[dict[str, Any], list[Prediction]]:
+        passes, answers = 0, {}
+        with DeviceMeter() as meter:
+            begun = time.perf_counter()
+            while not passes or (meter.has_power and time.perf_counter() - begun < MIN_SECONDS):
+                for group, given in engine.answer(self.prompts, self.groups):
+                    answers |= dict(zip(group.rows, given, strict=True))
+                passes += 1
+        measured = {
+            "questions": len(self.questions),
+            "passes": passes,
+            "seconds": meter.seconds,
+            "questions_per_second": passes * len(self.questions) / meter.seconds,
+            "peak_bytes": meter.peak_bytes,
+            "watts": meter.watts,
+        }
+        return measured, _predictions(self.name, self.questions, self.prompts, answers)
 
 
 def _predictions(

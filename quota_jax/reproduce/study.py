@@ -337,8 +337,7 @@ class Study:
                 questions=_blinded(self.questions) if row.blind else self.questions,
             )
             if row.measured:
-                with self._alone("measurement"):  # others would share the device's power
-                    measure_deployment(evaluation)
+                measure_deployment(evaluation, self._device)
                 log(f"{row.label} ({row.run_name}): measured")
                 return
             _, times = evaluation.run()
@@ -359,6 +358,16 @@ class Study:
             task.name: task.score(self.questions[task.name], answers[task.name])
             for task in self._tasks
         }
+
+    @contextmanager
+    def _device(self, alone: bool) -> Iterator[None]:
+        """Waits for the device: to have it alone (others would share its power), or beside others
+        that do not ask for that."""
+        folder = self.out / "locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "device.lock", "w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+            yield
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:

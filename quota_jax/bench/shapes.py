@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from quota_jax.batch import Batch
 from quota_jax.config import PRESETS, LlavaConfig, ModelConfig, QwenVlConfig
@@ -17,6 +20,9 @@ from quota_jax.processing.buckets import Buckets, Shape, assemble
 from quota_jax.processing.pictures import Picture
 from quota_jax.processing.qwen_pictures import QwenPictures
 from quota_jax.quantization import QuantizationConfig
+
+PIECE = 1 << 24
+"""Values that are drawn at a time."""
 
 
 def find_preset(name: str) -> tuple[str, ModelConfig]:
@@ -35,7 +41,7 @@ def find_preset(name: str) -> tuple[str, ModelConfig]:
 def random_model(
     config: ModelConfig, quantization: QuantizationConfig, dtype: Any, *, seed: int = 0
 ) -> VisionLanguageModel:
-    """A model of this shape with random weights, made on the device array by array."""
+    """A model of this shape with random weights, made on the device piece by piece."""
     key = jax.random.key(seed)
     params = {}
     specs = abstract_params(config, quantization, dtype)
@@ -49,7 +55,7 @@ def random_model(
 def _random(key: Any, leaf: str, quantized: bool, spec: jax.ShapeDtypeStruct) -> jax.Array:
     shape, dtype = spec.shape, spec.dtype
     if dtype in (jnp.uint8, jnp.int8):
-        return jax.jit(lambda k: jax.random.bits(k, shape, jnp.uint8).astype(dtype))(key)
+        return _drawn(key, shape, dtype, lambda key, shape: jax.random.bits(key, shape, jnp.uint8))
     if leaf == "scale":
         # Codes of 4 bits have a spread of 4.6: rows of some thousands then keep their size.
         return jnp.full(shape, 0.003 if quantized else 1.0, dtype)
@@ -57,19 +63,24 @@ def _random(key: Any, leaf: str, quantized: bool, spec: jax.ShapeDtypeStruct) ->
         return jnp.ones(shape, dtype)
     if leaf == "bias" or len(shape) < 2:
         return jnp.zeros(shape, dtype)
-    # One layer at a time: float32 draws of a whole stack would be the largest arrays of all.
     scale = shape[-1] ** -0.5
-    rows = shape[0]
+    return _drawn(key, shape, dtype, lambda key, shape: jax.random.normal(key, shape) * scale)
 
-    @jax.jit
-    def draw(key):
-        def one(index):
-            part = jax.random.normal(jax.random.fold_in(key, index), shape[1:], jnp.float32)
-            return (part * scale).astype(dtype)
 
-        return jax.lax.map(one, jnp.arange(rows))
+def _drawn(key: Any, shape: tuple[int, ...], dtype: Any, draw: Callable[..., Array]) -> Array:
+    """An array made piece by piece in its place, so that a model's largest arrays need hardly more
+    memory while they are made than afterwards (the peak is reported)."""
+    out = jnp.zeros(shape, dtype)
+    rows = max(1, PIECE * shape[0] // out.size)
 
-    return draw(key)
+    @functools.partial(jax.jit, static_argnames="count", donate_argnums=0)
+    def fill(out, key, start, count):
+        piece = draw(jax.random.fold_in(key, start), (count, *shape[1:])).astype(dtype)
+        return jax.lax.dynamic_update_slice_in_dim(out, piece, start, 0)
+
+    for start in range(0, shape[0], rows):
+        out = fill(out, key, start, count=min(rows, shape[0] - start))
+    return out
 
 
 def example_batch(

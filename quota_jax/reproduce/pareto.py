@@ -104,7 +104,8 @@ def write_pareto(
     """Writes NAME.json, NAME.md and NAME.png into ``folder``.
 
     Rows that differ only in their seed are one mark: the mean of their retentions, with the
-    outermost ends of their intervals.
+    outermost ends of their intervals. A batch size of one mark has no front, and is drawn only where
+    there is no other.
 
     Raises:
       QuotaError: the bench file has none of the table's precisions and recipes.
@@ -133,6 +134,7 @@ def write_pareto(
     missing = [f"{name}: not in the bench file" for name in missing]
     missing += [f"{_name(key)}: no accuracy" for key in sorted(known - set(scores))]
 
+    drawn = {size: marks for size, marks in lines.items() if len(marks) > 1} or lines
     folder.mkdir(parents=True, exist_ok=True)
     files = tuple(folder / f"{table.name}.{ending}" for ending in ("json", "md", "png"))
     content = {
@@ -147,7 +149,7 @@ def write_pareto(
     write_file(files[0], encode_json(content, str(files[0])))
     write_file(files[1], markdown(table, lines, {**named, **provenance}, missing).encode())
     draw_pareto(
-        [(f"batch {size}", marks) for size, marks in lines.items()],
+        [(f"batch {size}", marks) for size, marks in drawn.items()],
         PANELS,
         files[2],
         score=SCORE,

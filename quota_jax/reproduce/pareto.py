@@ -104,8 +104,8 @@ def write_pareto(
     """Writes NAME.json, NAME.md and NAME.png into ``folder``.
 
     Rows that differ only in their seed are one mark: the mean of their retentions, with the
-    outermost ends of their intervals. A batch size of one mark has no front, and is drawn only where
-    there is no other.
+    outermost ends of their intervals. A batch size of one mark has no front, and is drawn only
+    where there is no other.
 
     Raises:
       QuotaError: the bench file has none of the table's precisions and recipes.

@@ -223,9 +223,9 @@ TARGETS = ("__gpu$xla.gpu.triton", "mosaic_gpu")
     [("RTN", 1), ("FlatQuant", 8), ("FlatQuant of heads, keys and cache", 1)],
 )
 @pytest.mark.parametrize("preset", ["llava_1_5_7b", "qwen2_5_vl_7b"])
-def test_a_layer_of_a_7b_model_lowers_to_eleven_kernels(monkeypatch, preset, method, batch):
-    """Four times quantization and matmul, the append, and two launches of attention. Qwen's
-    transform of 128 x 148 is too large for the kernel: one less."""
+def test_a_layer_of_a_7b_model_lowers_to_few_kernels(monkeypatch, preset, method, batch):
+    """Four times quantization and matmul, the append, and two launches of attention; of the longest
+    rows several programs make the transform, and one launch more their codes."""
     for api in (matmul_api, append_api, attention_api, quantize_api):
         monkeypatch.setattr(api, "find_gpu", lambda: HOPPER)
     config = PRESETS[preset]
@@ -246,9 +246,8 @@ def test_a_layer_of_a_7b_model_lowers_to_eleven_kernels(monkeypatch, preset, met
     text = lower(step, model, rows, group, spec((batch,), jnp.bool_))
     # The body of the loop over layers stands there once.
     triton, mosaic = (text.count(f"custom_call @{name}") for name in TARGETS)
-    fits = "qwen" not in preset or method == "RTN"
     assert mosaic == (0 if batch == 1 else 4)
-    assert triton + mosaic == (11 if fits else 10)
+    assert triton + mosaic == (11 if method == "RTN" else 12)
 
 
 @newer_jax

@@ -51,6 +51,16 @@ def over_layers(call: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(run)
 
 
+def int4_example(rows: int, outputs: int, inputs: int, most: int = 7) -> tuple[jax.Array, ...]:
+    """Packed weights of all layers, their scales, tokens of codes up to ``most``, and theirs."""
+    return (
+        jax.random.bits(jax.random.key(1), (LAYERS, outputs, inputs // 2), jnp.uint8),
+        jax.random.uniform(jax.random.key(2), (LAYERS, outputs)) + 0.1,
+        jax.random.randint(jax.random.key(3), (rows, inputs), -most, most + 1, jnp.int8),
+        jax.random.uniform(jax.random.key(4), (rows,)) + 0.1,
+    )
+
+
 GROUP = 128
 
 

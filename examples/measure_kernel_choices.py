@@ -24,6 +24,7 @@ from kernel_timing import (  # pyrefly: ignore (beside this file)
     GROUP,
     LAYERS,
     WEIGHTS,
+    int4_example,
     kernel_us,
     over_layers,
     w4a16_example,
@@ -70,16 +71,6 @@ TILES = (
     (256, 128, 4), (128, 128, 4), (128, 256, 4), (64, 128, 6), (64, 256, 4), (64, 256, 6),
 )  # fmt: skip
 """Tokens and inputs of a step, and steps loaded ahead."""
-
-
-def int4_example(rows: int, outputs: int, inputs: int) -> tuple[jax.Array, ...]:
-    """Packed weights of all layers, their scales, tokens and theirs."""
-    return (
-        jax.random.bits(jax.random.key(1), (LAYERS, outputs, inputs // 2), jnp.uint8),
-        jax.random.uniform(jax.random.key(2), (LAYERS, outputs)) + 0.1,
-        jax.random.randint(jax.random.key(3), (rows, inputs), -7, 8, jnp.int8),
-        jax.random.uniform(jax.random.key(4), (rows,)) + 0.1,
-    )
 
 
 def measure_tiles(rows: int, outputs: int, inputs: int) -> str:
@@ -143,9 +134,11 @@ def print_triton() -> None:
             try:
                 us = kernel_us(over_layers(call), x, x_scale, packed, scale) / LAYERS
             except Exception as error:  # too much shared memory, say
-                print(f"| {rows} | {name} | {tiles} | {str(error)[:60]} |", flush=True)
+                print(f"{tiles}: {str(error)[:60]}", file=sys.stderr, flush=True)
                 continue
-            cells = " | ".join(str(getattr(tiles, f)) for f in fields) if tiles else "own |" * 5
+            shown = tiles or own
+            one = ["one token"] + ["-"] * 4
+            cells = " | ".join(one if rows == 1 else [str(getattr(shown, f)) for f in fields])
             print(f"| {rows} | {name} | {cells} | {us:.1f}{'*' * (tiles is None)} |", flush=True)
 
 

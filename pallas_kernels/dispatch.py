@@ -1,7 +1,7 @@
 """Which implementation of an operation runs. A named one that cannot run fails loudly.
 
 "auto" is decided by each operation's ``automatic`` from the GPU that is there and the shape; the
-measurements behind the choices are in ``pallas_kernels/measured/kernels.md``.
+measurements behind the choices are in ``pallas_kernels/measured``.
 
 The environment variable ``QUOTA_JAX_XLA`` names operations, with commas, that "auto" leaves to XLA
 ("all" are all): to find out whether a kernel is at fault, or where compiling kernels takes longer

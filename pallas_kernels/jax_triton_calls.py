@@ -22,7 +22,8 @@ LOWEST = (8, 0)
 
 
 def refusal() -> str | None:
-    """Why no kernel can run here; None if one can, as far as is known without an import."""
+    """Why no kernel can run here; None if one can, as far as is known without an import (which
+    takes seconds): see ``broken``."""
     gpu = find_gpu()
     if gpu is None:
         return "it needs an NVIDIA GPU"
@@ -31,6 +32,16 @@ def refusal() -> str | None:
         return f"it needs compute capability 8.0 or more, the GPU has {major}.{minor}"
     if importlib.util.find_spec("jax_triton") is None:
         return "it needs jax-triton: pip install 'quota-jax[cuda]', on Python 3.12 or newer"
+    return None
+
+
+@functools.cache
+def broken() -> str | None:
+    """Why the package cannot be imported; None if it can."""
+    try:
+        load()
+    except ValueError as error:
+        return str(error)
     return None
 
 

@@ -74,7 +74,7 @@ def operands(x: Float[Array, "*shape"], short: bool) -> tuple[Array, ...]:
 
 def into_range(peak: Float[Array, ""]) -> tuple[Array, Array]:
     """Powers of two, inverse to each other: times the first one, what is at most ``peak`` is below
-    2^-3, so that float16 holds 128 products of it with factors of up to 2^12, and their sum."""
+    2^-3, so that float16 holds sums of 256 products of it with factors of up to 2^11."""
     exponent = lax.shift_right_logical(lax.bitcast_convert_type(peak, jnp.int32), 23)
     # Biased by 127 each: 2^(-4 - e) and 2^(4 + e), for e from -126 to 122.
     down = jnp.maximum(250 - exponent, 1)
@@ -86,7 +86,8 @@ def into_range(peak: Float[Array, ""]) -> tuple[Array, Array]:
 
 
 def product(left: tuple[Array, ...], right: tuple[Array, ...], *, across: bool) -> Array:
-    """``left right`` (``left^T right`` with ``across``) of operands split by ``halves``, float32.
+    """``left right`` (``left^T right`` with ``across``) of operands in parts (``operands``,
+    ``halves``), float32.
 
     All products of parts but that of the two small ones, on tensor cores: every side is a power of
     two, 16 at least.

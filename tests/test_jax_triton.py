@@ -66,10 +66,14 @@ def test_what_is_missing_is_told(monkeypatch, gpu, installed, words):
         kv4_attention(*attention_example(1, 2, 2, 64), sm_scale=1.0, impl="triton")
 
 
-def test_it_is_taken_before_hopper_only(monkeypatch):
+def test_it_is_taken_where_there_is_no_hopper_and_it_can_be_imported(monkeypatch):
     machine(monkeypatch, HOPPER)
     assert matmul_api.automatic(64, 4096, 4096) == "mosaic_gpu"
+    assert matmul_api.automatic(64, 1000, 4096) == "xla"
     machine(monkeypatch, AMPERE)
+    monkeypatch.setattr(jax_triton_calls, "broken", lambda: "versions")
+    assert matmul_api.automatic(64, 4096, 4096) == "xla"
+    monkeypatch.setattr(jax_triton_calls, "broken", lambda: None)
     assert matmul_api.automatic(1, 4096, 4096) == "pallas_triton"
     assert matmul_api.automatic(64, 4096, 4096) == "triton"
     assert matmul_api.automatic(64, 4096, 4092) == "xla"

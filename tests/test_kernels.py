@@ -321,8 +321,8 @@ def test_the_mosaic_matmul_lowers_for_every_number_of_tokens(rows, inputs, dtype
     ],
 )
 def test_tiles_fill_the_multiprocessors(rows, outputs, inputs, tokens, splits):
-    """Sizes that were measured as the fastest (``measured/kernels.md``), or whose inputs have to be
-    split; a part is never shorter than what is loaded ahead."""
+    """Sizes that were measured as the fastest (``measured/kernel_choices.md``), or whose inputs
+    have to be split; a part is never shorter than what is loaded ahead."""
     from pallas_kernels.int4_matmul.mosaic_gpu import Tiles
 
     tiles = Tiles.of(rows, outputs, inputs)

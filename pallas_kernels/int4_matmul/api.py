@@ -107,11 +107,15 @@ def _reference(x, x_scale, packed, scale, layer, *, out_dtype):
 def automatic(rows: int, outputs: int, inputs: int) -> str:
     """The fastest implementation that can run here, for ``rows`` tokens.
 
-    "triton" is for GPUs other than Hopper: there the two before it in the order are faster.
+    "triton" is for GPUs other than Hopper, where it was not measured against XLA.
     """
     refused = refusals(rows, outputs, inputs)
+    gpu, other = find_gpu(), jax_triton_calls.NAME
+    if gpu is not None and other not in refused:
+        reason = "not on Hopper" if gpu.is_hopper else jax_triton_calls.broken()
+        refused |= {other: reason} if reason else {}
     few = ("pallas_triton",) if rows <= GEMV_ROWS else ()
-    order = (*few, "mosaic_gpu", jax_triton_calls.NAME, "pallas_tpu")
+    order = (*few, "mosaic_gpu", other, "pallas_tpu")
     return next((name for name in order if name not in refused), "xla")
 
 

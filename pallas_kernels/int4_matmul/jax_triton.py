@@ -35,7 +35,8 @@ class Tiles:
 
     @classmethod
     def of(cls, rows: int) -> Tiles:
-        """The fastest of those measured (``measured/kernel_choices.md``, one H100)."""
+        """Near the fastest of those measured at 8 and 640 tokens on one H100
+        (``measured/kernel_choices.md``); no GPU before it was there."""
         if rows <= 64:
             tokens = max(16, 1 << (rows - 1).bit_length())
             return cls(tokens=tokens, outputs=32, bytes=128, warps=4, stages=4)

@@ -5,8 +5,8 @@ with few instructions. A 32-bit word holds 8 codes; shifted into the high half o
 int8 values times 16, and two dp4a sum them against the matching bytes of the tokens. The factor 16
 is divided out of the exact int32 sum at the end.
 
-Pallas' Triton back end is deprecated in jax 0.11; this file and ``kv4_attention.pallas_triton`` use
-it, because it measured fastest (``pallas_kernels/measured``). The way out is ``jax_triton``, the
+Pallas' Triton back end is deprecated in jax 0.11; the files named ``pallas_triton`` use it, because
+it measured fastest (``pallas_kernels/measured``). The way out of this one is ``jax_triton``, the
 same products in Triton's own language (``impl="triton"``).
 """
 

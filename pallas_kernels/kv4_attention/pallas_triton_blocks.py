@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels.attention.reference import NEGATIVE
 from pallas_kernels.packing import as_words, nibble_at
+from pallas_kernels.triton_arithmetic import halves
 
 GROUP = 16
 """Rows of a tensor-core tile: queries of one key head, padded."""
@@ -202,7 +203,7 @@ def _grouped(
         place = q_ref.at[sample, head[:, None], (8 * block.word + nibble)[None]]
         query = plt.load(place, mask=own[:, None] & block.inside[None], other=0)
         codes = widened(keys, nibble)
-        for part in _halves(query):
+        for part in halves(query):
             products += dot(part, codes, 1)
             sums += part.astype(jnp.float32).sum(1)
     offset = sums[:, None] * (1.0 + block.numbers(block.kz) / 16.0)[None]
@@ -212,7 +213,7 @@ def _grouped(
     weight = jnp.where(block.real[None], jnp.exp(score - top[:, None]), 0.0)
     plt.store(top_ref.at[sample, head, split], top, mask=own)
     plt.store(total_ref.at[sample, head, split], weight.sum(1), mask=own)
-    weights = _halves(weight * (16.0 * block.numbers(block.vs))[None])
+    weights = halves(weight * (16.0 * block.numbers(block.vs))[None])
     # Of the weights as they are multiplied, or the 1 in every code would not cancel.
     whole: Any = sum(part.astype(jnp.float32) for part in weights)
     offset = (whole * (1.0 + block.numbers(block.vz) / 16.0)[None]).sum(1)
@@ -222,14 +223,6 @@ def _grouped(
         out: Any = sum(dot(part, codes, 0) for part in weights)
         place = out_ref.at[sample, head[:, None], split, (nibble * width + block.word)[None]]
         plt.store(place, out - offset[:, None], mask=jnp.broadcast_to(own[:, None], out.shape))
-
-
-def _halves(x: Array) -> tuple[Array, ...]:
-    """bfloat16 parts whose sum is ``x`` to 16 bits; one where ``x`` is bfloat16."""
-    if x.dtype == jnp.bfloat16:
-        return (x,)
-    high = x.astype(jnp.bfloat16)
-    return high, (x - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 def _combine(top_ref, total_ref, part_ref, out_ref, *, splits: int, words: int, width: int) -> None:

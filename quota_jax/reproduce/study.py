@@ -297,8 +297,9 @@ class Study:
 
     def _prepare(self, row: Row, log: Log) -> None:
         """Makes what a row needs before it can be run."""
-        self.checkpoint(row.weights, log)
-        self.recipe(row)
+        with self._device(False):
+            self.checkpoint(row.weights, log)
+            self.recipe(row)
 
     def _prepared(self, row: Row) -> bool:
         if row.weights is None:
@@ -323,28 +324,33 @@ class Study:
         with self._alone(f"run_{row.run_name}"):
             if self.complete(row):
                 return
-            evaluation = Evaluation(
-                checkpoint=self.checkpoint(row.weights, log),
-                tasks=self._tasks,
-                data=self.data,
-                out=self.folder(row),
-                recipe=self.recipe(row),
-                limit=self.limit,
-                batch_size=self.batch_size,
-                workers=self.workers,
-                max_new_tokens=self.max_new_tokens,
-                text_buckets=None if self.text_bucket is None else (self.text_bucket,),
-                questions=_blinded(self.questions) if row.blind else self.questions,
-            )
-            if row.measured:
-                measure_deployment(evaluation, self._device)
-                log(f"{row.label} ({row.run_name}): measured")
-                return
-            _, times = evaluation.run()
-            log(
-                f"{row.label} ({row.run_name}): {times.samples} questions in "
-                f"{times.answering:.1f} s, {times.compile:.0f} s of compilation"
-            )
+            with self._device(False):
+                evaluation = self._evaluation(row, log)
+                if not row.measured:
+                    _, times = evaluation.run()
+                    log(
+                        f"{row.label} ({row.run_name}): {times.samples} questions in "
+                        f"{times.answering:.1f} s, {times.compile:.0f} s of compilation"
+                    )
+                    return
+            measure_deployment(evaluation, self._device)
+            log(f"{row.label} ({row.run_name}): measured")
+
+    def _evaluation(self, row: Row, log: Log) -> Evaluation:
+        """Calibrates and measures sensitivities where that is missing."""
+        return Evaluation(
+            checkpoint=self.checkpoint(row.weights, log),
+            tasks=self._tasks,
+            data=self.data,
+            out=self.folder(row),
+            recipe=self.recipe(row),
+            limit=self.limit,
+            batch_size=self.batch_size,
+            workers=self.workers,
+            max_new_tokens=self.max_new_tokens,
+            text_buckets=None if self.text_bucket is None else (self.text_bucket,),
+            questions=_blinded(self.questions) if row.blind else self.questions,
+        )
 
     @property
     def counts(self) -> dict[str, int]:

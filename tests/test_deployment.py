@@ -6,6 +6,7 @@ import ctypes
 import dataclasses
 import json
 import re
+import threading
 import time
 from types import SimpleNamespace
 from typing import Any
@@ -103,6 +104,24 @@ def test_devices_are_named_as_they_are_visible() -> None:
     library = Nvml()
     assert PowerMeter.of(library, "GPU-8b2c") is not None
     assert library.asked == [b"GPU-8b2c"]
+
+
+def test_who_measures_has_the_device_alone(tmp_path) -> None:
+    study = Study(
+        source=tmp_path, data=tmp_path, pool=[Sample(text="?")], num_samples=1, out=tmp_path / "out"
+    )
+    entered = threading.Event()
+
+    def measure() -> None:
+        with study._device(True):
+            entered.set()
+
+    with study._device(False), study._device(False):  # others share it
+        waiting = threading.Thread(target=measure)
+        waiting.start()
+        assert not entered.wait(0.2)
+    waiting.join(timeout=60)
+    assert entered.is_set()
 
 
 @pytest.mark.slow

@@ -20,7 +20,8 @@ import pallas_kernels.int4_matmul.reference as matmul_reference
 from pallas_kernels.accelerator import Gpu, find_gpu
 from pallas_kernels.attention import BLOCK, causal_attention
 from pallas_kernels.attention_mass import attention_mass
-from pallas_kernels.dispatch import choices, resolve
+from pallas_kernels.choices import choices
+from pallas_kernels.dispatch import resolve
 from pallas_kernels.int4_matmul import int4_matmul, integer_matmul
 from pallas_kernels.kv4_attention import (
     decode_attention,

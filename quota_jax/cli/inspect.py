@@ -40,7 +40,7 @@ class Inspect:
         if self.kernels:
             import jax
 
-            from pallas_kernels.dispatch import choices
+            from pallas_kernels.choices import choices
 
             device = jax.devices()[0]
             rows = choices()

@@ -18,7 +18,7 @@ from quota_jax.bench import example_batch
 from quota_jax.config import PRESETS
 from quota_jax.models import fused_layers
 from quota_jax.models.params import abstract_params, build_model
-from quota_jax.models.vision_layers import fused_layer, layer_function, plain_layer
+from quota_jax.models.vision_layers import fused_layer
 from quota_jax.nn.linear import observed
 from quota_jax.quantization import QuantizationConfig
 from tests.decode_samples import METHODS, random_model, tiny_config
@@ -65,7 +65,7 @@ def run(model: Any, pixels: Any, monkeypatch: Any = None) -> np.ndarray:
 def test_the_fused_tower_equals_the_modules_bit_for_bit(monkeypatch, family, method, dtype):
     """On a CPU, with the number of tokens that it is and with padding behind it."""
     model, pixels = tower(family, method, dtype)
-    assert layer_function(model.vision.layers) is fused_layer
+    assert fused_layers.obstacle(model.vision.layers) is None
     found, expected = run(model, pixels), run(model, pixels, monkeypatch)
     assert expected.std() > 0.1
     np.testing.assert_array_equal(found, expected)
@@ -75,7 +75,7 @@ def test_the_fused_tower_equals_the_modules_bit_for_bit(monkeypatch, family, met
 def test_towers_with_other_activations_equal_the_modules_too(monkeypatch, act):
     model, pixels = tower("llava", "RTN", "bfloat16")
     model.vision.layers.mlp.hidden_act = act
-    assert layer_function(model.vision.layers) is fused_layer
+    assert fused_layers.obstacle(model.vision.layers) is None
     np.testing.assert_array_equal(run(model, pixels), run(model, pixels, monkeypatch))
 
 
@@ -95,7 +95,6 @@ def test_other_towers_run_module_by_module(family, quantization, words):
     specs = abstract_params(config, quantization, jnp.bfloat16)
     layers = build_model(config, quantization, specs).vision.layers
     assert words in (fused_layers.obstacle(layers) or "")
-    assert layer_function(layers) is plain_layer
 
 
 def test_a_simulated_tower_runs_module_by_module():
@@ -166,7 +165,7 @@ def test_a_layer_of_a_7b_tower_lowers_to_eight_kernels_and_its_attention(
     states = jax.ShapeDtypeStruct((1, 584, config.vision.hidden_size), jnp.bfloat16)
 
     def one(layers, states, added, index):
-        return layer_function(layers)(layers, (states, added), index, lambda q, k, v: v)
+        return fused_layer(layers, (states, added), index, lambda q, k, v: v)
 
     text = lower(one, layers, states, states, jax.ShapeDtypeStruct((), jnp.int32))
     triton, mosaic = (text.count(f"custom_call @{name}") for name in TARGETS)

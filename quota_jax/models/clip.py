@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -16,7 +15,7 @@ from pallas_kernels.attention import sequence_attention
 from pallas_kernels.stable import exp_difference, fixed_order_sum, matmul, rounded, summed
 from quota_jax.config import VisionConfig
 from quota_jax.models.build import attention, linear, mlp, norm, tree
-from quota_jax.models.vision_layers import Attend, layer_function, plain_layer
+from quota_jax.models.vision_layers import Attend, plain_layer, run_layers
 
 
 class VisionTower(nnx.Module):
@@ -96,13 +95,9 @@ class VisionTower(nnx.Module):
             # Matmul kernels take rows by eight: made so once, not before each of them.
             x = jnp.pad(x, [(0, 0), (0, -tokens % 8), (0, 0)])
 
-        run, attend = layer_function(self.layers), self._attention(x.shape[0], tokens)
-
-        def layer(carry, index):
-            return run(self.layers, carry, index, attend), None
-
+        attend = self._attention(x.shape[0], tokens)
         carry = x, jnp.zeros_like(x)
         for state in sorted(set(states) - {0}):
-            carry, _ = jax.lax.scan(layer, carry, jnp.arange(done, state))
+            carry = run_layers(self.layers, carry, done, state, attend)
             found[state], done = summed(*carry)[:, :tokens], state
         return jnp.concatenate([found[state] for state in states], axis=-1)

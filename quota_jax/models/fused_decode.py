@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -60,9 +59,8 @@ def run_layers(
     sites |= fused_layers.stacks(qkv, "bias")
     reach = group.lengths + 1
 
-    def layer(carry: Any, index: Array) -> tuple[Any, None]:
+    def layer(carry: Any, index: Array, at: Array) -> Any:
         states, added, key, value = carry
-        at = first + index
         states, rows = fused_layers.attention_input(layers, states, added, at)
         query, key, value = kv4_append(
             qkv.multiply(rows, at, x.dtype, biased=False),
@@ -91,10 +89,8 @@ def run_layers(
         )
         added = fused_layers.attention_output(layers, heads.reshape(x.shape[0], -1), at)
         states, added = fused_layers.feed_forward(layers, states, added, at)
-        return (states, added, key, value), None
+        return states, added, key, value
 
     start = (x, jnp.zeros_like(x), group.key, group.value)
-    (states, added, key, value), _ = jax.lax.scan(
-        layer, start, jnp.arange(group.num_layers, dtype=jnp.int32)
-    )
+    states, added, key, value = fused_layers.over_layers(layer, start, group.num_layers, first)
     return summed(states, added), (key, value)

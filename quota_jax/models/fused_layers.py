@@ -11,14 +11,19 @@ order: on a CPU bit by bit, with any kernel as near as the kernel is to its refe
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.transform_quantize import Quantized
 from quota_jax.nn.attention_cache import CacheQuantizer
 from quota_jax.nn.linear import Linear
 from quota_jax.nn.norm import Norm
+
+Carry = TypeVar("Carry")
 
 
 def obstacle(layers: Any) -> str | None:
@@ -35,6 +40,25 @@ def obstacle(layers: Any) -> str | None:
         if "input_scale" in linear.names:
             return "inputs are multiplied by a scale of each channel"
     return None
+
+
+def over_layers(
+    layer: Callable[[Carry, Array, Array], Carry], carry: Carry, count: int, first: int = 0
+) -> Carry:
+    """``carry`` after ``layer(carry, index, at)`` with ``index`` from 0 and ``at`` from ``first``.
+
+    The loop's own counters are the indices that kernels take. A scan over an array of them would
+    slice each one out of it on the device: a launch more for every layer, and one that all others
+    wait for. Not differentiable, as packed layers are not.
+    """
+
+    def step(state: Any) -> Any:
+        counters, carry = state
+        done = layer(carry, counters[0], counters[-1])
+        return tuple(counter + 1 for counter in counters), done
+
+    counters = (jnp.int32(0), *([jnp.int32(first)] if first else []))
+    return jax.lax.while_loop(lambda state: state[0][0] < count, step, (counters, carry))[1]
 
 
 def attention_input(

@@ -59,9 +59,9 @@ def run_layers(
     flat_cos, flat_sin = (a.reshape(-1, a.shape[-1]) for a in angles)
     read_dtype = operand_dtype(x.dtype, attn.head_dim)
 
-    def layer(carry: Any, index: Array) -> tuple[Any, Any]:
+    def layer(carry: Any, index: Array, at: Array) -> tuple[Any, Any]:
         (states, added), packed = carry
-        at, stored = first + index, None
+        stored = None
         states, rows = fused_layers.attention_input(layers, states, added, at)
         joined = attn.qkv.multiply(rows, at, states.dtype)
         if packed is None:
@@ -87,11 +87,18 @@ def run_layers(
     states = x.reshape(-1, x.shape[-1])
     # Written in place through the loop: collecting each layer's codes would be copies.
     packed: Any = _room(count, states.shape[0], attn) if cache.packs else None
-    (pair, packed), stored = jax.lax.scan(
-        layer, ((states, jnp.zeros_like(states)), packed), jnp.arange(count, dtype=jnp.int32)
-    )
+    start = (states, jnp.zeros_like(states)), packed
     if packed is not None:
+        pair, packed = fused_layers.over_layers(
+            lambda carry, index, at: layer(carry, index, at)[0], start, count, first
+        )
         stored = jax.tree.map(lambda a: a.reshape(count, *shape, *a.shape[2:]), packed)
+    else:
+        (pair, _), stored = jax.lax.scan(
+            lambda carry, index: layer(carry, index, first + index),
+            start,
+            jnp.arange(count, dtype=jnp.int32),
+        )
     states, added = (a.reshape(x.shape)[:, :tokens] for a in pair)
     return (states, added), jax.tree.map(lambda a: a[:, :, :tokens], stored)
 

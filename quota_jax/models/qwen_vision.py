@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from itertools import groupby
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
@@ -18,7 +17,7 @@ from pallas_kernels.stable import matmul, summed
 from quota_jax.batch import Patches
 from quota_jax.config import QwenVisionConfig
 from quota_jax.models.build import attention, linear, mlp, norm, tree
-from quota_jax.models.vision_layers import Attend, layer_function, plain_layer
+from quota_jax.models.vision_layers import Attend, plain_layer, run_layers
 from quota_jax.nn.rope import axial_angles, rotate
 
 
@@ -92,12 +91,9 @@ class QwenVisionTower(nnx.Module):
         x = self.embed(patches.values)
         angles = axial_angles(config.head_dim, config.rope_theta, patches.coordinates)
         is_full = [i in config.full_attention_layers for i in range(config.num_layers)]
-        run, carry = layer_function(self.layers), (x, jnp.zeros_like(x))
+        carry = x, jnp.zeros_like(x)
         for full, indices in groupby(range(config.num_layers), key=is_full.__getitem__):
+            numbers = list(indices)
             attend = self._attention(patches, angles, full)
-
-            def layer(carry, index, attend=attend):
-                return run(self.layers, carry, index, attend), None
-
-            carry, _ = jax.lax.scan(layer, carry, jnp.asarray(list(indices), jnp.int32))
+            carry = run_layers(self.layers, carry, numbers[0], numbers[-1] + 1, attend)
         return summed(*carry)

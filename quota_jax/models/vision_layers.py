@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from pallas_kernels.stable import summed
@@ -40,6 +42,14 @@ def fused_layer(layers: Any, carry: Carry, at: Array, attend: Attend) -> Carry:
     return states.reshape(shape), added.reshape(shape)
 
 
-def layer_function(layers: Any) -> Callable[[Any, Carry, Array, Attend], Carry]:
-    """``fused_layer`` where the stack can run so, else ``plain_layer``."""
-    return plain_layer if fused_layers.obstacle(layers) else fused_layer
+def run_layers(layers: Any, carry: Carry, start: int, stop: int, attend: Attend) -> Carry:
+    """Layers ``start`` to ``stop``, by ``fused_layer`` where the stack can run so."""
+    if fused_layers.obstacle(layers) is None:
+        return fused_layers.over_layers(
+            lambda carry, _, at: fused_layer(layers, carry, at, attend), carry, stop - start, start
+        )
+    return jax.lax.scan(
+        lambda carry, at: (plain_layer(layers, carry, at, attend), None),
+        carry,
+        jnp.arange(start, stop, dtype=jnp.int32),
+    )[0]

@@ -1,10 +1,10 @@
 """What stands between the matmuls of a decoder layer: ``transform_quantize``, ``kv4_append`` and
-the attention kernel with free block sizes, in the interpreter, lowered, and on a GPU."""
+the attention kernel with free block sizes, in the interpreter and lowered. A row of several
+programs: ``test_transform_split.py``; on a GPU: ``test_gpu_decode.py``."""
 
 from __future__ import annotations
 
 import functools
-import os
 import warnings
 from typing import Any
 
@@ -143,27 +143,6 @@ def near(found, expected, x) -> None:
 
 @newer_jax
 @triton
-@pytest.mark.parametrize("split", [False, True])
-@pytest.mark.parametrize("size", [1e-38, 1e-30, 1e4, 1e30, 0.0])
-def test_rows_of_any_size_are_brought_into_the_range_of_float16(size, split):
-    from pallas_kernels.transform_quantize.pallas_triton import transform_quantize_triton
-    from pallas_kernels.transform_quantize.pallas_triton_split import transform_quantize_split
-
-    (x, _, sites), _ = made("gate", 6, jnp.bfloat16)
-    x = (x[:, :96].astype(jnp.float32) * size).astype(jnp.bfloat16)
-    sites = Sites(left=sites.left, right=sites.right)
-    if split:
-        found = transform_quantize_split(x, sites, jnp.int32(1), bits=4, interpret=True)
-    else:
-        found = transform_quantize_triton(
-            x, None, sites, jnp.int32(1), bits=4, eps=0.0, interpret=True
-        )
-    own = jax.tree.map(lambda a: a[1], sites)
-    near(found, transform_quantize_reference(x, None, own, bits=4, eps=0.0), x)
-
-
-@newer_jax
-@triton
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("rows", [1, 4])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -233,82 +212,6 @@ def test_a_transform_that_does_not_fit_is_refused_and_not_taken(monkeypatch):
     assert "128 x 148" in quantize_api.refusals(18944, 128)["pallas_triton"]
     assert quantize_api.automatic(18944, 128, splits=True) == "pallas_triton"
     assert "128 x 296" in quantize_api.refusals(37888, 128, splits=True)["pallas_triton"]
-
-
-def test_rows_are_shared_where_they_must_be_or_are_few_and_long():
-    assert quantize_api.is_split(2560, 18944, 128)
-    assert quantize_api.is_split(8, 11008, 86)
-    assert not quantize_api.is_split(2560, 11008, 86)
-    assert not quantize_api.is_split(1, 4096, 64)
-
-
-SPLIT: dict[str, Any] = {
-    # rows, factors, options; 6 x 148 is read as 128 + 32 columns of which 20 are real.
-    "gate": (5, (8, 12), {"gated": True}),
-    "gate and padding": (3, (19, 20), {"gated": True, "padding": 6}),
-    "large right": (2, (6, 148), {"gated": True, "clip": True}),
-    "tall": (2, (86, 16), {"clip": True}),
-    "activation": (2, (12, 20), {"activation": "quick_gelu", "padding": 3}),
-}
-
-
-def split_example(name, dtype) -> tuple[Any, Any, dict[str, Any]]:
-    rows, (a, b), options = SPLIT[name]
-    rng = np.random.default_rng(11)
-
-    def draw(*shape):
-        return jnp.asarray(rng.standard_normal(shape, np.float32))
-
-    clip = jnp.asarray(0.8 + 0.2 * rng.random((3, 2), np.float32))
-    sites = Sites(
-        left=draw(3, a, a) / a**0.5,
-        right=draw(3, b, b) / b**0.5,
-        clip=clip if options.get("clip") else None,
-    )
-    options = {key: value for key, value in options.items() if key != "clip"}
-    width = (2 if options.get("gated") else 1) * (a * b + options.get("padding", 0))
-    return draw(rows, width).astype(dtype), sites, options
-
-
-@newer_jax
-@triton
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("columns", [16, 32])
-@pytest.mark.parametrize("name", SPLIT)
-def test_a_row_of_several_programs_equals_the_reference(name, columns, dtype):
-    from pallas_kernels.transform_quantize.pallas_triton_split import (
-        Plan,
-        transform_quantize_split,
-    )
-
-    x, sites, options = split_example(name, jnp.dtype(dtype))
-    plan = Plan(columns=columns, warps=4)
-    found = transform_quantize_split(
-        x, sites, jnp.int32(2), bits=4, **options, plan=plan, interpret=True
-    )
-    own = jax.tree.map(lambda a: a[2], sites)
-    expected = transform_quantize_reference(x, None, own, bits=4, eps=0.0, **options)
-    near(found, expected, x)
-    if padding := options.get("padding"):
-        np.testing.assert_array_equal(found.codes[:, -padding:], 0)
-
-
-@newer_jax
-@pytest.mark.parametrize("rows", [1, 8, 2560])
-@pytest.mark.parametrize("inputs", [11008, 18944])
-def test_a_row_of_several_programs_lowers(inputs, rows):
-    from pallas_kernels.transform_quantize.pallas_triton_split import transform_quantize_split
-
-    spec: Any = jax.ShapeDtypeStruct
-    a, b = factor_pair(inputs)
-    sites = Sites(
-        left=spec((3, a, a), jnp.float32),
-        right=spec((3, b, b), jnp.float32),
-        clip=spec((3, 2), jnp.float32),
-    )
-    kernel = functools.partial(transform_quantize_split, bits=4, gated=True)
-    text = lower(kernel, spec((rows, 2 * inputs), jnp.bfloat16), sites, spec((), jnp.int32))
-    assert text.count("triton") >= 2
 
 
 def append_example(rng, heads, dtype, *, full) -> tuple[Any, Any]:
@@ -472,69 +375,3 @@ def test_attention_by_blocks_is_taken_for_the_groups_that_it_holds(monkeypatch):
     assert attention_api.automatic(128, 7) == "pallas_triton_blocks"
     assert attention_api.automatic(128, 1) == "pallas_triton_blocks"
     assert attention_api.automatic(128, 32) == "pallas_triton"
-
-
-SEED = int.from_bytes(os.urandom(6), "little")
-
-
-@pytest.mark.gpu
-@triton
-@pytest.mark.parametrize("rows", [1, 8, 300])
-@pytest.mark.parametrize(("inputs", "gated"), [(4096, False), (3584, False), (11008, True)])
-def test_transform_quantize_on_the_gpu(inputs, gated, rows):
-    print("seed", SEED)
-    rng = np.random.default_rng(SEED)
-    for transform in (None, "both"):
-        x, added, sites = example(
-            rng, rows, inputs, jnp.bfloat16, gated=gated, added=not gated, norm=not gated,
-            transform=transform, clip=transform is not None,
-        )  # fmt: skip
-        call = functools.partial(
-            transform_quantize, x, 2, bits=4, added=added, norm=sites.norm, eps=1e-5, gated=gated,
-            left=sites.left, right=sites.right, clip=sites.clip,
-        )  # fmt: skip
-        found, expected = call(impl="pallas_triton"), call(impl="xla")
-        scales = found.scale[: len(x)], expected.scale[: len(x)]
-        np.testing.assert_allclose(*scales, rtol=2**-7)
-        off = np.abs(np.asarray(found.codes, int) - np.asarray(expected.codes, int))
-        # XLA may keep more than bfloat16 between the operations that it fuses.
-        assert off.max() <= 1
-        assert off.mean() <= 0.03
-
-
-@pytest.mark.gpu
-@triton
-@pytest.mark.parametrize("full", [False, True])
-@pytest.mark.parametrize("heads", [(32, 32, 128), (28, 4, 128), (6, 2, 40)])
-def test_kv4_append_on_the_gpu(heads, full):
-    print("seed", SEED)
-    arrays, sites = append_example(np.random.default_rng(SEED), heads, jnp.bfloat16, full=full)
-    call = functools.partial(
-        kv4_append, *arrays, layer=1, site_layer=2, query_transform=sites.query,
-        key_transform=sites.key, clip=sites.clip,
-    )  # fmt: skip
-    found, expected = call(impl="pallas_triton"), call(impl="xla")
-    np.testing.assert_allclose(
-        np.asarray(found.query, np.float32), np.asarray(expected.query, np.float32), rtol=2**-6,
-        atol=2**-6,
-    )  # fmt: skip
-    for one, other in ((found.key, expected.key), (found.value, expected.value)):
-        np.testing.assert_allclose(
-            np.asarray(one[1], np.float32), np.asarray(other[1], np.float32), rtol=2**-6
-        )
-        low = np.abs((np.asarray(one[0], int) & 15) - (np.asarray(other[0], int) & 15))
-        assert low.max() <= 1
-
-
-@pytest.mark.gpu
-@triton
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("heads", [(32, 32, 128), (28, 4, 128), (6, 2, 40), (4, 4, 80)])
-def test_attention_by_blocks_on_the_gpu(heads, batch):
-    print("seed", SEED)
-    arrays = attention_example(np.random.default_rng(SEED), heads, batch)
-    found, expected = (
-        kv4_attention(*arrays, 1, sm_scale=heads[2] ** -0.5, impl=impl)
-        for impl in ("pallas_triton_blocks", "xla")
-    )
-    np.testing.assert_allclose(found, expected, atol=5e-5)
